@@ -1,0 +1,1 @@
+"""Bookkeeping in plain Python: no torch, no ray, no grpc below this folder."""

@@ -1,0 +1,94 @@
+"""Configuration, validated once at the edge. Names follow vLLM's flags; inside, fields are trusted."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from duopool.core.types import Role
+
+DTypeName = Literal["auto", "float32", "bfloat16"]
+TransportName = Literal["auto", "nixl", "grpc"]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Config):
+    """Which model is served, and as what."""
+
+    model: str = "smollm2"
+    """`smollm2` (embedded), a Hugging Face folder, a hub name, or a .gguf file."""
+    served_model_name: str | None = None
+    dtype: DTypeName = "auto"
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest prompt plus output in tokens; the model's own limit when None."""
+
+
+class CacheConfig(_Config):
+    """The paged KV store of one worker."""
+
+    block_size: int = Field(default=16, ge=1, le=256)
+    """Tokens per block."""
+    num_blocks: int | None = Field(default=None, ge=1)
+    """Pages in the store; sized from `kv_cache_memory_bytes` when None."""
+    kv_cache_memory_bytes: int = Field(default=1 << 30, ge=1 << 20)
+
+
+class SchedulerConfig(_Config):
+    """Bounds of one step."""
+
+    max_num_batched_tokens: int = Field(default=512, ge=1)
+    """Token budget of a step: the chunk size of a long prompt."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_waiting: int = Field(default=1024, ge=1)
+    """Requests a worker holds that have not begun; past it new ones are refused."""
+    watermark: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the decode pool kept free at admission, so that running requests can grow."""
+
+
+class HandoffConfig(_Config):
+    """Timers and transport of the handoff; see docs/architecture.md."""
+
+    transport: TransportName = "auto"
+    """`nixl` where it imports, else `grpc`."""
+    heartbeat_s: float = Field(default=0.5, gt=0)
+    lease_ttl_s: float = Field(default=5.0, gt=0)
+    orphan_ttl_s: float = Field(default=2.0, gt=0)
+    """A worker stops the requests of a router that it has not heard from for this long."""
+    progress_watchdog_s: float = Field(default=2.0, gt=0)
+    max_retries: int = Field(default=3, ge=0)
+    """Attempts after the first, per request."""
+    local_prefill_max_tokens: int = Field(default=64, ge=0)
+    """A remainder of at most this many uncached tokens may be prefilled on D."""
+
+
+class WorkerConfig(_Config):
+    """All that one worker process needs."""
+
+    role: Role
+    worker_id: str
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    handoff: HandoffConfig = HandoffConfig()
+    host: str = "127.0.0.1"
+    """Address this worker listens on and is reached at; ports are chosen by the system."""
+    num_threads: int | None = Field(default=None, ge=1)
+
+
+class RouterConfig(_Config):
+    """All that one router process needs."""
+
+    model: ModelConfig = ModelConfig()
+    handoff: HandoffConfig = HandoffConfig()
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65535)
+    max_num_requests: int = Field(default=1024, ge=1)
+    """Requests alive at once; past it new ones get RESOURCE_EXHAUSTED."""
+    max_message_bytes: int = Field(default=4 << 20, ge=1024)
+    max_unread_tokens: int = Field(default=4096, ge=1)
+    """Tokens a client may leave unread before its stream is ended."""
+    block_size: int = Field(default=16, ge=1, le=256)

@@ -1,0 +1,85 @@
+"""One step of a worker as a value: a step gives each request a number of tokens.
+
+Prefill chunks, decode and recompute after preemption are the same thing here: a run of tokens whose KV is to be
+written, and maybe one new token to be sampled behind it. Schedulers make a `StepPlan`, a `Runner` turns it into a
+`StepResult`, the scheduler commits it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from duopool.core.sampling_params import SamplingParams
+from duopool.core.types import BlockCopy, BlockId, RequestId, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSpec:
+    """Everything the next token of one request is a function of, besides the logits."""
+
+    params: SamplingParams
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    """Tokens emitted so far, over all attempts; its length is the position that keys the noise."""
+    eos_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A run of one request's tokens whose KV this step writes."""
+
+    request_id: RequestId
+    token_ids: Sequence[int]
+    start: int
+    """Position of `token_ids[0]` in the sequence; KV of all earlier positions is already in the blocks."""
+    block_ids: Sequence[BlockId]
+    """The request's block table; it covers at least `start + len(token_ids)` tokens."""
+    sample: SampleSpec | None = None
+    """Set when the logits behind the last token are to give a new token."""
+    prompt_logprobs: int | None = None
+    """Number of alternatives wanted for each prompt token that this chunk's logits predict."""
+    next_token_id: int | None = None
+    """The prompt token right after this chunk, predicted by its last logits (for prompt log-probabilities)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What one step computes. Chunks are independent of each other."""
+
+    chunks: tuple[Chunk, ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
+    """Pages to copy before the step runs."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.chunks
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """The new token of one request; `logprob` is set when its parameters ask for it."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step gave: a token for each chunk with `sample`, prompt log-probabilities where asked."""
+
+    tokens: Mapping[RequestId, SampledToken] = field(default_factory=dict)
+    prompt_logprobs: Mapping[RequestId, tuple[TokenLogprob, ...]] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """Executes plans: the model in production, a function of the prefix in tests."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Write the KV of every chunk and sample where asked."""
+        ...
