@@ -1,6 +1,7 @@
 """What a client may ask of the sampler, and the limits of each field.
 
-Field names and meanings follow vLLM's SamplingParams. `check()` is called once, at the router; inside, fields are trusted.
+Field names and meanings follow vLLM's SamplingParams. `check()` is called once, at the router; inside,
+fields are trusted.
 """
 
 from __future__ import annotations

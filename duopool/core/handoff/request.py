@@ -1,0 +1,361 @@
+"""The router's side of the handoff: one request's life as a pure function `(state, event) -> (state, actions)`.
+
+Owns the attempt fence: a token is emitted only if its attempt is the current one and its index is the next. Knows no
+clock and no I/O; the router's shell turns actions into messages and messages into events, and so does the simulation.
+
+    ADMITTED -> PREFILLING -> LEASED -> READING -> DECODING -> DONE | CANCELLED | FAILED
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import msgspec
+
+from duopool.core.messages import (
+    Accepted,
+    BlocksReady,
+    Cancel,
+    Command,
+    GenerationRequest,
+    Joined,
+    Nack,
+    NackReason,
+    Prefill,
+    Rebind,
+    Reserve,
+    Reserved,
+    Tokens,
+)
+from duopool.core.types import Incarnation, WorkerId
+
+POISON_LIMIT = 2
+"""A request whose attempts took this many workers down with them is not tried again."""
+
+
+class Phase(StrEnum):
+    ADMITTED = "admitted"
+    PREFILLING = "prefilling"
+    LEASED = "leased"
+    READING = "reading"
+    DECODING = "decoding"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (Phase.DONE, Phase.CANCELLED, Phase.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process in a pool: the worker's name and which life of it."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Where an attempt goes; without `prefill` the decode worker computes the prefix itself."""
+
+    prefill: Member | None
+    decode: Member
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestState:
+    """All that the router must know of one request to go on with it anywhere."""
+
+    request: GenerationRequest
+    phase: Phase = Phase.ADMITTED
+    attempt: int = 0
+    route: Route | None = None
+    reserved: bool = False
+    ready: tuple[BlocksReady, ...] = ()
+    """What P sealed in this attempt, kept so that another D can be told."""
+    output: tuple[int, ...] = ()
+    retries_left: int = 3
+    excluded: frozenset[Member] = frozenset()
+    """Members that failed this request."""
+    deaths: int = 0
+    """Members that died while they held this request."""
+
+    @property
+    def is_handed_over(self) -> bool:
+        """P has finished its part of the current attempt."""
+        return bool(self.ready) and self.ready[-1].first_token is not None
+
+
+# ---- events besides the workers' messages ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The policy chose workers for the attempt that was asked for."""
+
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A member died, restarted, stalled or fell out of the membership."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The router itself ends the request: client gone, deadline, stop string, slow reader."""
+
+    phase: Phase
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A worker's message about this request."""
+
+    member: Member
+    message: Accepted | BlocksReady | Reserved | Joined | Tokens | Nack
+
+
+RequestEvent = Routed | Lost | Stopped | Heard
+
+
+# ---- actions ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NeedRoute:
+    """Choose workers (not the excluded ones) and come back with `Routed`."""
+
+    excluded: frozenset[Member]
+    prefill: Member | None = None
+    """Its finished work is still leased: only a decode worker is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    member: Member
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Hand tokens to the client: the only action that the client sees."""
+
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The one terminal action of a request."""
+
+    phase: Phase
+    reason: str = ""
+    nack: Nack | None = field(default=None)
+    """The worker's refusal, if that ended the request."""
+
+
+Action = NeedRoute | Send | Emit | Finish
+Step = tuple[RequestState, tuple[Action, ...]]
+
+
+def begin(state: RequestState) -> Step:
+    """The first action of a request."""
+    return state, (NeedRoute(state.excluded),)
+
+
+def transition(state: RequestState, event: RequestEvent) -> Step:
+    """What the event makes of the request. Events of a past attempt, and all after the end, change nothing."""
+    if state.phase.is_final:
+        return _after_the_end(state, event)
+    match event:
+        case Routed(route=route):
+            return _routed(state, route)
+        case Lost(member=member):
+            return _lost(state, member)
+        case Stopped(phase=phase, reason=reason):
+            return _end(state, Finish(phase, reason))
+        case Heard(member=member, message=message):
+            if message.attempt != state.attempt or not _is_on_route(state, member):
+                return state, ()
+            return _heard(state, member, message)
+
+
+def _routed(state: RequestState, route: Route) -> Step:
+    if state.phase is not Phase.ADMITTED:
+        return state, ()
+    if state.is_handed_over and route.prefill is not None:
+        return _rebind(state, route.prefill, route.decode)
+    attempt = state.attempt + 1
+    request = _request(state, state.output)
+    reserve = Send(route.decode, Reserve(request=request, attempt=attempt, local_prefill=route.prefill is None))
+    state = replace(state, phase=Phase.PREFILLING, attempt=attempt, route=route, reserved=False, ready=())
+    if route.prefill is None:
+        return state, (reserve,)
+    return state, (Send(route.prefill, Prefill(request=request, attempt=attempt)), reserve)
+
+
+def _heard(
+    state: RequestState, member: Member, message: Accepted | BlocksReady | Reserved | Joined | Tokens | Nack
+) -> Step:
+    match message:
+        case BlocksReady():
+            return _ready(state, message)
+        case Reserved():
+            phase = Phase.READING if state.phase is Phase.LEASED else state.phase
+            return replace(state, reserved=True, phase=phase), ()
+        case Joined():
+            return replace(state, phase=Phase.DECODING), ()
+        case Tokens():
+            return _tokens(replace(state, phase=Phase.DECODING), message)
+        case Nack():
+            return _nack(state, member, message)
+        case _:
+            return state, ()
+
+
+def _ready(state: RequestState, message: BlocksReady) -> Step:
+    route = state.route
+    if route is None or state.phase is not Phase.PREFILLING or message.first_block != _num_ready_blocks(state):
+        return state, ()
+    state = replace(state, ready=(*state.ready, message))
+    forward = Send(route.decode, message)
+    if message.first_token is None:
+        return state, (forward,)
+    state = replace(state, phase=Phase.READING if state.reserved else Phase.LEASED)
+    state, actions = _tokens(state, message.first_token)
+    if state.phase.is_final:
+        return state, actions
+    return state, (*actions, forward)
+
+
+def _tokens(state: RequestState, tokens: Tokens) -> Step:
+    """The fence: only the next index is emitted."""
+    if tokens.index != len(state.output):
+        return state, ()
+    state = replace(state, output=state.output + tokens.token_ids)
+    if tokens.finish_reason is None:
+        return state, (Emit(tokens),)
+    finish = Finish(Phase.DONE)
+    if state.phase is Phase.DECODING:
+        return replace(state, phase=Phase.DONE), (Emit(tokens), finish)  # D ended it by itself
+    state, actions = _end(state, finish)
+    return state, (Emit(tokens), *actions)
+
+
+def _nack(state: RequestState, member: Member, nack: Nack) -> Step:
+    final = (NackReason.TOO_LARGE, NackReason.DEADLINE, NackReason.INTERNAL)
+    if nack.reason in final or state.retries_left == 0:
+        return _end(state, Finish(Phase.FAILED, nack.detail or nack.reason.value, nack))
+    state = replace(state, retries_left=state.retries_left - 1)
+    if nack.reason in (NackReason.LEASE_LOST, NackReason.TRANSFER_FAILED):
+        return _again(state)
+    return _elsewhere(replace(state, excluded=state.excluded | {member}), member)
+
+
+def _lost(state: RequestState, member: Member) -> Step:
+    route = state.route
+    if route is None or not _is_on_route(state, member):
+        return state, ()
+    if state.phase is Phase.ADMITTED:
+        return (replace(state, ready=()) if member == route.prefill else state), ()
+    if member == route.prefill and state.phase is Phase.DECODING and member != route.decode:
+        return state, ()
+    state = replace(state, deaths=state.deaths + 1, excluded=state.excluded | {member})
+    if state.deaths >= POISON_LIMIT:
+        return _end(state, Finish(Phase.FAILED, f"{state.deaths} workers died while they held this request"))
+    if state.retries_left == 0:
+        return _end(state, Finish(Phase.FAILED, f"worker {member.worker_id} was lost and no retries are left"))
+    return _elsewhere(replace(state, retries_left=state.retries_left - 1), member)
+
+
+def _elsewhere(state: RequestState, failed: Member) -> Step:
+    """Go on without the member that failed: with P's leased blocks if only D failed before it joined."""
+    route = state.route
+    keeps_lease = state.phase in (Phase.LEASED, Phase.READING) and route is not None and failed == route.decode
+    if route is None or route.prefill is None or not keeps_lease:
+        return _again(state)
+    cancel = Cancel(request_id=state.request.request_id, attempt=state.attempt)
+    state = replace(state, phase=Phase.ADMITTED, reserved=False)
+    return state, (Send(route.decode, cancel), NeedRoute(state.excluded, route.prefill))
+
+
+def _again(state: RequestState) -> Step:
+    """A new attempt: the old one is cancelled wherever it may live, and a route is asked for."""
+    return replace(state, phase=Phase.ADMITTED, ready=(), reserved=False), (
+        *_cancel(state),
+        NeedRoute(state.excluded),
+    )
+
+
+def _rebind(state: RequestState, prefill: Member, decode: Member) -> Step:
+    """Give P's finished, still leased work to another decode worker, under a new attempt."""
+    attempt = state.attempt + 1
+    ready = tuple(_renumbered(message, attempt) for message in state.ready)
+    # P's first token is part of what D joins behind, not of the prefix that has KV.
+    request = _request(state, state.output[:-1])
+    rebind = Rebind(request_id=request.request_id, lease_id=ready[0].lease.lease_id, attempt=attempt)
+    route = Route(prefill=prefill, decode=decode)
+    state = replace(state, attempt=attempt, route=route, ready=ready, reserved=False, phase=Phase.LEASED)
+    return state, (
+        Send(prefill, rebind),
+        Send(decode, Reserve(request=request, attempt=attempt)),
+        *(Send(decode, message) for message in ready),
+    )
+
+
+def _renumbered(message: BlocksReady, attempt: int) -> BlocksReady:
+    first = message.first_token
+    return BlocksReady(
+        request_id=message.request_id,
+        attempt=attempt,
+        lease=message.lease,
+        first_block=message.first_block,
+        blocks=message.blocks,
+        first_token=None
+        if first is None
+        else Tokens(request_id=first.request_id, attempt=attempt, index=first.index, token_ids=first.token_ids),
+    )
+
+
+def _end(state: RequestState, finish: Finish) -> Step:
+    return replace(state, phase=finish.phase), (*_cancel(state), finish)
+
+
+def _after_the_end(state: RequestState, event: RequestEvent) -> Step:
+    """A sign of life after the end is answered with another Cancel: the first may have been lost."""
+    match event:
+        case Heard(member=member, message=BlocksReady() | Reserved() | Joined() | Accepted() as message):
+            cancel = Cancel(request_id=state.request.request_id, attempt=max(state.attempt, message.attempt))
+            return state, (Send(member, cancel),)
+        case _:
+            return state, ()
+
+
+def _cancel(state: RequestState) -> tuple[Action, ...]:
+    """Cancel whatever the current attempt may still hold. A decode worker that finished by itself ignores it."""
+    if state.route is None or state.phase is Phase.ADMITTED:
+        return ()
+    cancel = Cancel(request_id=state.request.request_id, attempt=state.attempt)
+    members = {state.route.decode: None}
+    if state.route.prefill is not None and state.phase is not Phase.DECODING:
+        members[state.route.prefill] = None
+    return tuple(Send(member, cancel) for member in members)
+
+
+def _is_on_route(state: RequestState, member: Member) -> bool:
+    return state.route is not None and member in (state.route.prefill, state.route.decode)
+
+
+def _num_ready_blocks(state: RequestState) -> int:
+    return sum(len(message.blocks) for message in state.ready)
+
+
+def _request(state: RequestState, output: tuple[int, ...]) -> GenerationRequest:
+    """The request as a new attempt must see it: what was emitted belongs to the prefix."""
+    return msgspec.structs.replace(state.request, output_token_ids=output)
