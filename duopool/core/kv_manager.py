@@ -215,7 +215,10 @@ class KVCacheManager:
         for block_id, times in wanted.items():
             if self._pins[block_id] < times:
                 raise ValueError(f"block {block_id} is pinned {self._pins[block_id]} times, not {times}")
-        self._pins -= wanted
+        for block_id, times in wanted.items():
+            self._pins[block_id] -= times
+            if not self._pins[block_id]:
+                del self._pins[block_id]
         self._release(block_ids)
 
     def generation(self, block_id: BlockId) -> int:
