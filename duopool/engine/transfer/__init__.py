@@ -1,0 +1,1 @@
+"""Moving blocks from P's KV store into D's: one interface, several transports."""
