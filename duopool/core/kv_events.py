@@ -1,10 +1,11 @@
 """What a worker tells routers about its prefix cache, so that they know which prefix is warm where.
 
-Owns the two values only; sequence numbers and snapshots belong to the session that carries them.
+Owns the two values and how a run of them is summed up; sequence numbers and snapshots belong to the session.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from duopool.core.types import BlockKey
@@ -29,3 +30,45 @@ class KvRemoved:
 
 
 KvEvent = KvStored | KvRemoved
+
+
+def net_changes(events: Sequence[KvEvent]) -> tuple[tuple[BlockKey, ...], tuple[KvStored, ...]]:
+    """Sum events up as (removed, stored), to be applied in that order; a key that came and went is in neither.
+
+    Removed keys are leaf side first; a stored piece comes after the piece its parent is in.
+    """
+    was_cached: dict[BlockKey, bool] = {}
+    last_event: dict[BlockKey, int] = {}
+    for index, event in enumerate(events):
+        for key in event.keys:
+            was_cached.setdefault(key, isinstance(event, KvRemoved))
+            last_event[key] = index
+    removed: list[BlockKey] = []
+    stored: list[KvStored] = []
+    for index, event in enumerate(events):
+        is_removal = isinstance(event, KvRemoved)
+        changed = [last_event[key] == index and was_cached[key] == is_removal for key in event.keys]
+        if isinstance(event, KvRemoved):
+            removed += [key for key, counts in zip(event.keys, changed, strict=True) if counts]
+        else:
+            stored += _pieces(event, changed)
+    return tuple(removed), tuple(stored)
+
+
+def _pieces(event: KvStored, wanted: Sequence[bool]) -> list[KvStored]:
+    """The runs of `event.keys` that are wanted, each with the key before it."""
+    pieces = []
+    run: list[BlockKey] = []
+    before, parent = event.parent, event.parent
+    for key, counts in zip(event.keys, wanted, strict=True):
+        if counts:
+            if not run:
+                parent = before
+            run.append(key)
+        elif run:
+            pieces.append(KvStored(tuple(run), parent))
+            run = []
+        before = key
+    if run:
+        pieces.append(KvStored(tuple(run), parent))
+    return pieces
