@@ -21,7 +21,8 @@ from duopool.core.kv_manager import AlreadyAdmitted, KVCacheManager, NotAdmitted
 from duopool.core.types import BlockId, BlockKey, RequestId
 
 NUM_BLOCKS = 10
-TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+# Half of the prompts are prefixes of one text, so that sharing is common.
+TOKENS = st.integers(1, 14).map(lambda n: [0] * n) | st.lists(st.integers(0, 1), min_size=1, max_size=14)
 SALTS = st.sampled_from([b"", b"", b"tenant"])
 
 
@@ -255,6 +256,40 @@ def test_publishing_more_than_there_is_is_refused() -> None:
         with pytest.raises(ValueError, match="room for 2"):
             manager.publish(request_id, num_computed)
     assert manager.drain_events() == []
+    manager.check()
+
+
+@pytest.mark.parametrize(("limit", "cached"), [(None, 6), (7, 6), (6, 6), (5, 4), (1, 0), (0, 0), (-1, 0)])
+def test_the_cached_prefix_stops_at_the_limit(limit: int | None, cached: int) -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=2)
+    run(manager, "first", [1, 2, 3, 4, 5, 6])
+    assert manager.admit(RequestId("second"), [1, 2, 3, 4, 5, 6], max_cached_tokens=limit) == cached
+    assert len(manager.block_ids(RequestId("second"))) * 2 == cached
+    manager.check()
+
+
+def test_a_fork_copies_the_open_block_once_and_the_last_writer_keeps_the_original() -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=2)
+    parent, child = RequestId("parent"), RequestId("child")
+    run(manager, "parent", [1, 2, 3], keep=True)
+    manager.fork(parent, child)
+    shared = list(manager.block_ids(parent))
+    (copy,) = manager.prepare_write(child, 3, 4)
+    assert copy.source == shared[1]
+    assert list(manager.block_ids(child)) == [shared[0], copy.target]
+    assert manager.prepare_write(parent, 3, 4) == []
+    assert list(manager.block_ids(parent)) == shared
+    manager.check()
+
+
+def test_a_cached_block_is_never_written() -> None:
+    manager = KVCacheManager(num_blocks=2, block_size=2)
+    request_id = RequestId("only")
+    run(manager, "only", [1, 2], keep=True)
+    (copy,) = manager.prepare_write(request_id, 1, 2)
+    assert list(manager.block_ids(request_id)) == [copy.target]
+    assert manager.num_cached == 1
+    assert manager.lookup(manager.keys([1, 2])) == 1
     manager.check()
 
 
