@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = sorted(str(path) for path in Path("duopool/kernels").glob("*/cpu*.cpp"))
+SOURCES = sorted(str(path) for path in Path("duopool/kernels").glob("**/cpu*.cpp"))
 
 # A plain C library with no Python in it. OpenMP's symbols stay undefined on purpose: they are resolved against the
 # runtime that torch has already loaded, so that a process never runs two thread pools.
@@ -12,7 +12,7 @@ CPU_KERNELS = Extension(
     "duopool.kernels._cpu",
     sources=SOURCES,
     include_dirs=["duopool/kernels"],
-    depends=[str(path) for path in Path("duopool/kernels").glob("*.h")],
+    depends=[str(path) for path in Path("duopool/kernels").glob("**/*.h")],
     extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],
     language="c++",
     optional=True,

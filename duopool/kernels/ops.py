@@ -13,11 +13,21 @@ import torch
 from torch import Tensor
 
 from duopool.kernels.copy_blocks import reference as copy_blocks_reference
+from duopool.kernels.cpu_library import library
+from duopool.kernels.linear import cpu as linear_cpu
 from duopool.kernels.linear.packed_weight import PackedWeight
 from duopool.kernels.paged_attention import torch_fallback as attention_fallback
 from duopool.kernels.write_kv import reference as write_kv_reference
 
-__all__ = ["PackedWeight", "copy_blocks", "linear", "pack_weight", "paged_attention", "write_kv"]
+__all__ = [
+    "PackedWeight",
+    "copy_blocks",
+    "linear",
+    "linear_is_worthwhile",
+    "pack_weight",
+    "paged_attention",
+    "write_kv",
+]
 
 
 def paged_attention(
@@ -67,15 +77,37 @@ def copy_blocks(pages_NX: Tensor, sources: Tensor, targets: Tensor) -> None:
     copy_blocks_reference.copy_blocks(pages_NX, sources, targets)
 
 
+def linear_is_worthwhile(dtype: torch.dtype) -> bool:
+    """Whether packed weights of `dtype` make linear layers on this machine's CPU faster than torch's own."""
+    return linear_cpu.most_rows(dtype, library()) > 0
+
+
 def pack_weight(weight: Tensor) -> PackedWeight:
-    """Prepare a weight [out_features, in_features] for `linear`."""
+    """Prepare a weight [out_features, in_features] for `linear`; keeps it as it is where torch's product is faster.
+
+    Where the panels serve every call the result holds no reference to `weight`, so that its memory can be freed.
+    """
     out_features, in_features = weight.shape
-    return PackedWeight(out_features=out_features, in_features=in_features, original=weight, panels=None)
+    cpu = library() if weight.device.type == "cpu" else None
+    rows = linear_cpu.most_rows(weight.dtype, cpu)
+    if cpu is None or rows == 0:
+        return PackedWeight(
+            out_features=out_features, in_features=in_features, most_rows=0, original=weight, panels=None
+        )
+    return linear_cpu.pack(weight, rows, cpu)
 
 
 def linear(x_TK: Tensor, weight: PackedWeight | Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` as [T, out_features] in x's dtype; products are summed in float32."""
+    """`x @ weight.T + bias` as [T, out_features] in x's dtype (float32 or bfloat16); products are summed in float32.
+
+    Raises ValueError when the shapes or dtypes do not fit.
+    """
     if isinstance(weight, Tensor):
         return torch.nn.functional.linear(x_TK, weight, bias)
-    assert weight.original is not None
-    return torch.nn.functional.linear(x_TK, weight.original, bias)
+    if x_TK.dim() != 2 or x_TK.shape[1] != weight.in_features:
+        raise ValueError(f"x has shape {tuple(x_TK.shape)}, the weight takes [T, {weight.in_features}]")
+    if bias is not None and (bias.shape != (weight.out_features,) or bias.dtype != x_TK.dtype):
+        raise ValueError(f"bias is {tuple(bias.shape)} {bias.dtype}, not [{weight.out_features}] {x_TK.dtype}")
+    if x_TK.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"x is {x_TK.dtype}, not float32 or bfloat16")
+    return linear_cpu.linear(x_TK, weight, bias)

@@ -1,0 +1,93 @@
+"""The compiled CPU kernels, if this machine has them: finds the library, picks the instruction set, declares the calls.
+
+Owns the C boundary and nothing else. The library is optional: without it, or with DUOPOOL_CPU_ISA=torch, `library()` is
+None and ops.py uses torch. DUOPOOL_CPU_ISA=avx2, avx512 or portable forces one instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sysconfig
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import torch  # loads the OpenMP runtime that the library's own symbols are resolved against
+
+ABI = 1
+
+
+class Isa(IntEnum):
+    """Instruction sets of every_isa.h."""
+
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512 = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuLibrary:
+    """The loaded library and the instruction set in use."""
+
+    calls: ctypes.CDLL
+    isa: Isa
+    torch_has_bfloat16_products: bool
+    """The processor multiplies bfloat16 matrices by itself, and torch makes use of it."""
+
+
+def _path() -> Path:
+    return Path(__file__).parent / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _load() -> ctypes.CDLL | None:
+    path = _path()
+    if not path.exists():
+        return None
+    try:
+        if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        calls = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+    except OSError:
+        return None
+    return calls if hasattr(calls, "duopool_abi") and calls.duopool_abi() == ABI else None
+
+
+def _declare(calls: ctypes.CDLL) -> None:
+    pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    calls.duopool_panel_width.argtypes = [flag]
+    calls.duopool_panel_width.restype = number
+    calls.duopool_pack_weight.argtypes = [flag, flag, pointer, number, number, number, pointer]
+    calls.duopool_pack_weight.restype = None
+    calls.duopool_linear.argtypes = [
+        *(flag, flag, flag, pointer, number, number, pointer),
+        *(number, number, pointer, pointer, number, flag),
+    ]
+    calls.duopool_linear.restype = None
+
+
+@functools.cache
+def library() -> CpuLibrary | None:
+    """The kernels to use in this process; ValueError when DUOPOOL_CPU_ISA names what cannot run here."""
+    wanted = os.environ.get("DUOPOOL_CPU_ISA", "").lower()
+    if wanted == "torch":
+        return None
+    calls = _load()
+    if calls is None:
+        if wanted:
+            raise ValueError(f"DUOPOOL_CPU_ISA={wanted}, but the compiled kernels cannot be loaded from {_path()}")
+        return None
+    best = Isa(calls.duopool_best_isa())
+    if wanted and wanted.upper() not in Isa.__members__:
+        raise ValueError(f"DUOPOOL_CPU_ISA={wanted} is none of avx2, avx512, portable, torch")
+    isa = Isa[wanted.upper()] if wanted else best
+    if isa > best:
+        raise ValueError(f"DUOPOOL_CPU_ISA={wanted}, but this processor goes up to {best.name.lower()}")
+    _declare(calls)
+    return CpuLibrary(calls=calls, isa=isa, torch_has_bfloat16_products=bool(calls.duopool_has_bfloat16_products()))
+
+
+def num_threads() -> int:
+    """Threads a call may use: torch's own number."""
+    return torch.get_num_threads()

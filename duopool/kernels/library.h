@@ -1,0 +1,13 @@
+// What C and Python agree on: instruction sets, element types, and which functions leave the library.
+
+#pragma once
+
+#include <cstdint>
+
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+#define DUOPOOL_EXPORT extern "C" __attribute__((visibility("default")))

@@ -1,0 +1,214 @@
+// Vectors of DUOPOOL_WIDTH floats for one instruction set, and the arithmetic on them that the kernels share.
+//
+// Included once per instruction set, inside that set's namespace (see every_isa.h): so no include guard, no
+// standard headers, and every function carries DUOPOOL_TARGET. Plain vector types instead of intrinsics: one text is
+// compiled for every width, and what is tested on one machine is the text that runs on another.
+//
+// bfloat16 is expanded by pairs: 2 * WIDTH consecutive values seen as WIDTH words give the even ones by a shift and the
+// odd ones by a mask, with no shuffle. "Pair order" of a chunk of 2 * WIDTH values is therefore (even, odd) for bfloat16
+// and (first half, second half) for float32; sums over a chunk do not care, and stores undo it.
+
+constexpr int WIDTH = DUOPOOL_WIDTH;
+constexpr int CHUNK = 2 * WIDTH;
+constexpr int MAX_ROWS = DUOPOOL_MAX_ROWS;
+
+typedef float Floats __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
+typedef float LooseFloats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef uint32_t LooseWords __attribute__((vector_size(WIDTH * 4), aligned(2), may_alias));
+
+#define DUOPOOL_INLINE static inline __attribute__((always_inline)) DUOPOOL_TARGET
+
+DUOPOOL_INLINE Floats load(const float* from) { return *(const LooseFloats*)from; }
+DUOPOOL_INLINE void store(float* to, Floats value) { *(LooseFloats*)to = value; }
+DUOPOOL_INLINE Floats fill(float value) { return Floats{} + value; }
+DUOPOOL_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+DUOPOOL_INLINE void load_pair(const float* from, Floats& a, Floats& b) {
+    a = load(from);
+    b = load(from + WIDTH);
+}
+
+DUOPOOL_INLINE void load_pair(const Bfloat16* from, Floats& a, Floats& b) {
+    const Words words = *(const LooseWords*)from;
+    a = (Floats)(words << 16);
+    b = (Floats)(words & 0xffff0000u);
+}
+
+// The chunk's first `count` values, zeros behind them; reads nothing past them.
+template <class T>
+DUOPOOL_INLINE void load_partial_pair(const T* from, int64_t count, Floats& a, Floats& b) {
+    T whole[CHUNK] = {};
+    __builtin_memcpy(whole, from, count * sizeof(T));
+    load_pair(whole, a, b);
+}
+
+DUOPOOL_INLINE Words rounded_to_bfloat16(Floats value) {
+    const Words bits = (Words)value;
+    const Words nearest_even = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return value == value ? nearest_even : (Words{} + 0x7fc00000u);
+}
+
+DUOPOOL_INLINE void store_pair(float* to, Floats a, Floats b) {
+    store(to, a);
+    store(to + WIDTH, b);
+}
+
+DUOPOOL_INLINE void store_pair(Bfloat16* to, Floats a, Floats b) {
+    *(LooseWords*)to = (rounded_to_bfloat16(a) >> 16) | (rounded_to_bfloat16(b) & 0xffff0000u);
+}
+
+template <class T>
+DUOPOOL_INLINE void store_partial_pair(T* to, int64_t count, Floats a, Floats b) {
+    T whole[CHUNK];
+    store_pair(whole, a, b);
+    __builtin_memcpy(to, whole, count * sizeof(T));
+}
+
+DUOPOOL_INLINE float largest(Floats value) {
+    float most = value[0];
+    for (int lane = 1; lane < WIDTH; ++lane) most = value[lane] > most ? value[lane] : most;
+    return most;
+}
+
+DUOPOOL_INLINE float sum(Floats value) {
+    float total = 0;
+    for (int lane = 0; lane < WIDTH; ++lane) total += value[lane];
+    return total;
+}
+
+// e^x to 2 units in the last place for x <= 88; exactly 0 below -87.
+DUOPOOL_INLINE Floats exponential(Floats x) {
+    const Floats bounded = larger(x, fill(-87.0f));
+    const Floats magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+    const Floats shifted = bounded * 1.44269504f + magic;
+    const Floats whole = shifted - magic;
+    Floats rest = bounded - whole * 0.693359375f;
+    rest = rest + whole * 2.12194440e-4f;
+    Floats power = fill(1.9875691500e-4f);
+    power = power * rest + 1.3981999507e-3f;
+    power = power * rest + 8.3334519073e-3f;
+    power = power * rest + 4.1665795894e-2f;
+    power = power * rest + 1.6666665459e-1f;
+    power = power * rest + 5.0000001201e-1f;
+    power = power * rest * rest + rest + 1.0f;
+    const Words exponent = ((Words)shifted - 0x4b400000u) << 23;
+    const Floats scaled = (Floats)((Words)power + exponent);
+    return x < -87.0f ? Floats{} : scaled;
+}
+
+DUOPOOL_INLINE Floats hyperbolic_tangent(Floats x) {
+    const Floats bounded = larger(fill(-40.0f), x > 40.0f ? fill(40.0f) : x);
+    return 1.0f - 2.0f / (exponential(2.0f * bounded) + 1.0f);
+}
+
+// Turn WIDTH rows of WIDTH values around in place, by exchanging ever smaller quadrants.
+DUOPOOL_INLINE void transpose(Floats (&rows)[WIDTH]) {
+#pragma GCC unroll 8
+    for (int half = WIDTH / 2; half > 0; half /= 2) {
+        Ints upper, lower;
+        for (int lane = 0; lane < WIDTH; ++lane) {
+            upper[lane] = lane & half ? WIDTH + lane - half : lane;
+            lower[lane] = lane & half ? WIDTH + lane : lane + half;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; ++i) {
+            if (i & half) continue;
+            const Floats a = rows[i], b = rows[i + half];
+            rows[i] = __builtin_shuffle(a, b, upper);
+            rows[i + half] = __builtin_shuffle(a, b, lower);
+        }
+    }
+}
+
+// The sums over the lanes of four vectors, in lanes 0 to 3.
+DUOPOOL_INLINE Floats four_sums(Floats a, Floats b, Floats c, Floats d) {
+    Ints even, odd;
+    for (int lane = 0; lane < WIDTH; ++lane) {
+        const int quad = lane & ~3, side = lane & 2 ? WIDTH : 0;
+        even[lane] = quad + side + (lane & 1 ? 2 : 0);
+        odd[lane] = even[lane] + 1;
+    }
+    const Floats ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    const Floats cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
+    Floats all = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+    for (int half = WIDTH / 2; half >= 4; half /= 2) {
+        Ints swapped;
+        for (int lane = 0; lane < WIDTH; ++lane) swapped[lane] = lane ^ half;
+        all = all + __builtin_shuffle(all, swapped);
+    }
+    return all;
+}
+
+// c[R][CHUNK] (+)= a[R][depth] * b[depth][CHUNK]: the inner loop of every product of matrices here. The R x 2 sums stay
+// in registers; b comes in pair order, so for bfloat16 the columns of c do too.
+template <int R, class T>
+DUOPOOL_TARGET __attribute__((noinline)) void multiply_rows(const float* a, int64_t a_stride, const T* b, int64_t b_stride,
+                                                            int64_t depth, float* c, int64_t c_stride,
+                                                            bool accumulate) {
+    // Few rows leave the multipliers waiting for their own sums: then several depths are summed apart.
+    constexpr int LANES = R == 1 ? 4 : R <= 3 ? 2 : 1;
+    Floats sums[LANES][R][2] = {};
+    if (accumulate) {
+        for (int r = 0; r < R; ++r) load_pair(c + r * c_stride, sums[0][r][0], sums[0][r][1]);
+    }
+    int64_t k = 0;
+    for (; k + LANES <= depth; k += LANES) {
+#pragma GCC unroll 4
+        for (int lane = 0; lane < LANES; ++lane) {
+            Floats low, high;
+            load_pair(b + (k + lane) * b_stride, low, high);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const Floats factor = fill(a[r * a_stride + k + lane]);
+                sums[lane][r][0] += factor * low;
+                sums[lane][r][1] += factor * high;
+            }
+        }
+    }
+    for (; k < depth; ++k) {
+        Floats low, high;
+        load_pair(b + k * b_stride, low, high);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const Floats factor = fill(a[r * a_stride + k]);
+            sums[0][r][0] += factor * low;
+            sums[0][r][1] += factor * high;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+        for (int lane = 1; lane < LANES; ++lane) {
+            sums[0][r][0] += sums[lane][r][0];
+            sums[0][r][1] += sums[lane][r][1];
+        }
+        store(c + r * c_stride, sums[0][r][0]);
+        store(c + r * c_stride + WIDTH, sums[0][r][1]);
+    }
+}
+
+template <class T>
+using MultiplyRows = void (*)(const float*, int64_t, const T*, int64_t, int64_t, float*, int64_t, bool);
+
+// multiply_rows by its number of rows, 1 to MAX_ROWS.
+template <class T>
+struct RowProducts {
+    static constexpr MultiplyRows<T> of[MAX_ROWS + 1] = {
+        nullptr,
+        multiply_rows<1, T>,
+        multiply_rows<2, T>,
+        multiply_rows<3, T>,
+        multiply_rows<4, T>,
+        multiply_rows<5, T>,
+        multiply_rows<6, T>,
+#if DUOPOOL_MAX_ROWS > 6
+        multiply_rows<7, T>,
+        multiply_rows<8, T>,
+        multiply_rows<9, T>,
+        multiply_rows<10, T>,
+        multiply_rows<11, T>,
+        multiply_rows<12, T>,
+#endif
+    };
+};
