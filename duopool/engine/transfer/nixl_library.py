@@ -1,0 +1,32 @@
+"""Finds NIXL, quietly: which package carries it here, and the settings it reads from the environment on import.
+
+NIXL is https://github.com/ai-dynamo/nixl, as `nixl-cu12` or `nixl-cu13`; both move CPU memory too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+_PACKAGES = ("nixl_cu12", "nixl_cu13")
+_SETTINGS = {"NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_LEVEL": "fatal", "UCX_WARN_UNUSED_ENV_VARS": "n"}
+
+
+def is_installed() -> bool:
+    """True if a NIXL package is there; loading it may still fail on a machine without its libraries."""
+    return any(importlib.util.find_spec(package) is not None for package in _PACKAGES)
+
+
+def load() -> Any:
+    """NIXL's Python module. Raises ImportError if none can be loaded. What the user set stays set."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    problems = []
+    for package in _PACKAGES:
+        try:
+            return importlib.import_module(f"{package}._api")
+        except ImportError as problem:
+            problems.append(str(problem))
+    raise ImportError(f"no NIXL here: {'; '.join(problems)}")
