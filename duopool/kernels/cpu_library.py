@@ -65,6 +65,12 @@ def _declare(calls: ctypes.CDLL) -> None:
         *(number, number, pointer, pointer, number, flag),
     ]
     calls.duopool_linear.restype = None
+    calls.duopool_paged_attention.argtypes = [pointer]
+    calls.duopool_paged_attention.restype = flag
+    calls.duopool_write_kv.argtypes = [pointer]
+    calls.duopool_write_kv.restype = flag
+    calls.duopool_copy_blocks.argtypes = [pointer, number, number, number, pointer, pointer, number, flag]
+    calls.duopool_copy_blocks.restype = flag
 
 
 @functools.cache

@@ -9,14 +9,20 @@ M most blocks of a request, X elements of a page, K input features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from duopool.kernels.copy_blocks import cpu as copy_blocks_cpu
 from duopool.kernels.copy_blocks import reference as copy_blocks_reference
-from duopool.kernels.cpu_library import library
+from duopool.kernels.cpu_library import CpuLibrary, library
 from duopool.kernels.linear import cpu as linear_cpu
 from duopool.kernels.linear.packed_weight import PackedWeight
+from duopool.kernels.paged_attention import cpu as attention_cpu
 from duopool.kernels.paged_attention import torch_fallback as attention_fallback
+from duopool.kernels.write_kv import cpu as write_kv_cpu
 from duopool.kernels.write_kv import reference as write_kv_reference
 
 __all__ = [
@@ -51,8 +57,12 @@ def paged_attention(
     `window` of those. The key at position p lies in page `block_tables_BM[b, p // S]` (int32) at offset `p % S`.
     Scores are `scale * q.k`, then `soft_cap * tanh(score / soft_cap)`; `sinks_H` adds one score per head to the
     denominator alone. Prompt chunks and single decode tokens mix freely. Pages that no request names are never read.
+
+    The caches may be views with any strides but the last. Raises ValueError when shapes or dtypes do not fit.
     """
-    return attention_fallback.paged_attention(
+    _check_attention(q_THD, key_cache_NGSD, value_cache_NGSE, block_tables_BM, query_starts, kv_lengths, sinks_H, out)
+    call = _attention_for(q_THD, key_cache_NGSD, value_cache_NGSE)
+    return call(
         q_THD,
         key_cache_NGSD,
         value_cache_NGSE,
@@ -67,14 +77,99 @@ def paged_attention(
     )
 
 
+def _cpu_for(*tensors: Tensor) -> CpuLibrary | None:
+    """The compiled kernels, when they take these tensors: on the CPU, of one dtype they know, contiguous at the end."""
+    first = tensors[0]
+    fits = all(t.dtype == first.dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
+    return library() if fits and first.dtype in (torch.float32, torch.bfloat16) else None
+
+
+def _attention_for(q_THD: Tensor, key_cache_NGSD: Tensor, value_cache_NGSE: Tensor) -> Callable[..., Tensor]:
+    if q_THD.device.type == "cuda":
+        from duopool.kernels.paged_attention import triton_kernel
+
+        return triton_kernel.paged_attention
+    cpu = _cpu_for(q_THD, key_cache_NGSD, value_cache_NGSE)
+    return attention_fallback.paged_attention if cpu is None else partial(attention_cpu.paged_attention, cpu)
+
+
+def _check_attention(
+    q_THD: Tensor,
+    key_cache_NGSD: Tensor,
+    value_cache_NGSE: Tensor,
+    block_tables_BM: Tensor,
+    query_starts: Tensor,
+    kv_lengths: Tensor,
+    sinks_H: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    num_tokens, num_heads, key_dim = q_THD.shape
+    num_blocks, kv_heads, block_size, value_dim = value_cache_NGSE.shape
+    if key_cache_NGSD.shape != (num_blocks, kv_heads, block_size, key_dim) or num_heads % kv_heads:
+        raise ValueError(
+            f"queries {tuple(q_THD.shape)}, keys {tuple(key_cache_NGSD.shape)} and values "
+            f"{tuple(value_cache_NGSE.shape)} do not fit together"
+        )
+    requests = kv_lengths.shape[0]
+    if block_tables_BM.shape[0] != requests or query_starts.shape[0] != requests + 1:
+        raise ValueError(
+            f"{requests} kv_lengths, {block_tables_BM.shape[0]} block tables, {query_starts.shape[0]} query_starts"
+        )
+    if any(t.dtype != torch.int32 for t in (block_tables_BM, query_starts, kv_lengths)):
+        raise ValueError("block_tables, query_starts and kv_lengths must be int32")
+    if requests and block_tables_BM.stride(1) != 1 and block_tables_BM.shape[1] > 1:
+        raise ValueError("a block table must be contiguous")
+    if key_cache_NGSD.dtype != q_THD.dtype or value_cache_NGSE.dtype != q_THD.dtype:
+        raise ValueError(f"queries are {q_THD.dtype}, caches {key_cache_NGSD.dtype} and {value_cache_NGSE.dtype}")
+    if sinks_H is not None and sinks_H.shape != (num_heads,):
+        raise ValueError(f"sinks have shape {tuple(sinks_H.shape)}, not ({num_heads},)")
+    if out is not None and (out.shape != (num_tokens, num_heads, value_dim) or out.dtype != q_THD.dtype):
+        wanted = (num_tokens, num_heads, value_dim)
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, not {wanted} {q_THD.dtype}")
+    if out is not None and out.stride(2) != 1:
+        raise ValueError("out must be contiguous in its last dimension")
+
+
 def write_kv(key_TGD: Tensor, value_TGE: Tensor, key_cache: Tensor, value_cache: Tensor, slots_T: Tensor) -> None:
     """Put token t's key and value at `slots_T[t]` (int64: `block_id * S + offset`; negative: nowhere)."""
-    write_kv_reference.write_kv(key_TGD, value_TGE, key_cache, value_cache, slots_T)
+    _check_write(key_TGD, value_TGE, key_cache, value_cache, slots_T)
+    if key_cache.device.type == "cuda":
+        from duopool.kernels.write_kv import triton_kernel
+
+        triton_kernel.write_kv(key_TGD, value_TGE, key_cache, value_cache, slots_T)
+    elif (cpu := _cpu_for(key_TGD, value_TGE, key_cache, value_cache)) is not None:
+        write_kv_cpu.write_kv(cpu, key_TGD, value_TGE, key_cache, value_cache, slots_T)
+    else:
+        write_kv_reference.write_kv(key_TGD, value_TGE, key_cache, value_cache, slots_T)
+
+
+def _check_write(key_TGD: Tensor, value_TGE: Tensor, key_cache: Tensor, value_cache: Tensor, slots_T: Tensor) -> None:
+    _, kv_heads, _, key_dim = key_cache.shape
+    value_dim = value_cache.shape[3]
+    tokens = slots_T.shape[0]
+    if key_TGD.shape != (tokens, kv_heads, key_dim) or value_TGE.shape != (tokens, kv_heads, value_dim):
+        raise ValueError(
+            f"keys {tuple(key_TGD.shape)} and values {tuple(value_TGE.shape)} do not fit {tokens} slots, "
+            f"{kv_heads} heads of {key_dim} and {value_dim}"
+        )
+    if value_cache.shape[:3] != key_cache.shape[:3] or slots_T.dtype != torch.int64:
+        raise ValueError(
+            f"caches are {tuple(key_cache.shape)} and {tuple(value_cache.shape)}, slots {slots_T.dtype}, not int64"
+        )
 
 
 def copy_blocks(pages_NX: Tensor, sources: Tensor, targets: Tensor) -> None:
     """Copy page `sources[i]` onto page `targets[i]` (int64 [n]). A target is named once and is no source."""
-    copy_blocks_reference.copy_blocks(pages_NX, sources, targets)
+    if sources.dtype != torch.int64 or targets.dtype != torch.int64 or sources.shape != targets.shape:
+        raise ValueError(f"sources and targets must be int64 of one length, not {sources.shape} and {targets.shape}")
+    if pages_NX.device.type == "cuda":
+        from duopool.kernels.copy_blocks import triton_kernel
+
+        triton_kernel.copy_blocks(pages_NX, sources, targets)
+    elif (cpu := library()) is not None and pages_NX.device.type == "cpu" and pages_NX.stride(1) == 1:
+        copy_blocks_cpu.copy_blocks(cpu, pages_NX, sources, targets)
+    else:
+        copy_blocks_reference.copy_blocks(pages_NX, sources, targets)
 
 
 def linear_is_worthwhile(dtype: torch.dtype) -> bool:

@@ -22,7 +22,7 @@ typedef uint32_t LooseWords __attribute__((vector_size(WIDTH * 4), aligned(2), m
 
 DUOPOOL_INLINE Floats load(const float* from) { return *(const LooseFloats*)from; }
 DUOPOOL_INLINE void store(float* to, Floats value) { *(LooseFloats*)to = value; }
-DUOPOOL_INLINE Floats fill(float value) { return Floats{} + value; }
+DUOPOOL_INLINE Floats fill(float value) { return value - Floats{}; }  // x - 0 folds to x; x + 0 does not
 DUOPOOL_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 DUOPOOL_INLINE void load_pair(const float* from, Floats& a, Floats& b) {

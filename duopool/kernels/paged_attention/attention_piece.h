@@ -1,0 +1,369 @@
+// Attention of one piece (attention_call.h) for one instruction set; every_isa.h compiles this file once per set.
+//
+// Both paths keep running sums per row (the online softmax of Milakov and Gimelshein, 2018; tiled as in FlashAttention-2,
+// Dao, 2023): the largest score so far, the sum of exponentials, and the weighted sum of values in pair order (vectors.h).
+// Few rows read keys and values straight from the pages; many rows first turn a tile of keys around, so that scores too
+// come from multiply_rows.
+
+constexpr float NO_SCORE = -1e30f;  // below every score, yet finite: its difference to itself is 0, not NaN
+
+DUOPOOL_INLINE int64_t padded(int64_t dim) { return (dim + CHUNK - 1) / CHUNK * CHUNK; }
+
+// One thread's memory, cut from a single buffer.
+struct Sums {
+    float *largest, *total, *mixed;  // [rows], [rows], [rows][padded E]
+};
+struct Workspace {
+    Sums sums;
+    float *query, *scores, *turned_keys, *values;
+};
+
+DUOPOOL_TARGET static int64_t workspace_floats(const AttentionCall& call) {
+    const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim);
+    return ROW_TILE * (2 + key_dim + value_dim) + FEW_ROWS * KEY_TILE + KEY_TILE * (key_dim + value_dim);
+}
+
+DUOPOOL_INLINE Workspace cut(const AttentionCall& call, float* memory) {
+    const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim);
+    Workspace work;
+    work.sums.largest = memory;
+    work.sums.total = memory += ROW_TILE;
+    work.sums.mixed = memory += ROW_TILE;
+    work.query = memory += ROW_TILE * value_dim;
+    work.scores = memory += ROW_TILE * key_dim;
+    work.turned_keys = memory += FEW_ROWS * KEY_TILE;
+    work.values = memory + KEY_TILE * key_dim;
+    return work;
+}
+
+DUOPOOL_TARGET static int64_t partial_floats(const AttentionCall& call, int64_t rows) { return rows * (2 + padded(call.value_dim)); }
+
+DUOPOOL_INLINE Sums partial_sums(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
+
+template <class T>
+DUOPOOL_INLINE void load_chunk(const T* row, int64_t dim, int64_t chunk, Floats& a, Floats& b) {
+    if (chunk + CHUNK <= dim)
+        load_pair(row + chunk, a, b);
+    else
+        load_partial_pair(row + chunk, dim - chunk, a, b);
+}
+
+// The rows' queries times the scale, [rows][padded D] in pair order.
+template <class T>
+DUOPOOL_INLINE void stage_query(const AttentionCall& call, const Piece& piece, float* query) {
+    const int64_t group = call.num_heads / call.num_kv_heads, dim = call.key_dim;
+    for (int64_t r = 0; r < piece.num_rows; ++r) {
+        const int64_t row = piece.first_row + r;
+        const T* from = (const T*)call.query + (call.query_starts[piece.request] + row / group) * call.query_token_stride +
+                        (piece.kv_head * group + row % group) * call.query_head_stride;
+        for (int64_t chunk = 0; chunk < dim; chunk += CHUNK) {
+            Floats a, b;
+            load_chunk(from, dim, chunk, a, b);
+            store(query, a * call.scale);
+            store(query + WIDTH, b * call.scale);
+            query += CHUNK;
+        }
+    }
+}
+
+// Pointers to the keys and values at positions [first, first + count).
+template <class T>
+DUOPOOL_INLINE void find_slots(const AttentionCall& call, const Piece& piece, int64_t first, int64_t count,
+                               const T** keys, const T** values) {
+    const int32_t* table = call.block_tables + piece.request * call.block_table_stride;
+    int64_t page = first / call.block_size, offset = first % call.block_size;
+    for (int64_t i = 0; i < count; ++page, offset = 0) {
+        const int64_t block = table[page];
+        const T* key = (const T*)call.keys + block * call.key_block_stride + piece.kv_head * call.key_head_stride;
+        const T* value = (const T*)call.values + block * call.value_block_stride + piece.kv_head * call.value_head_stride;
+        for (; offset < call.block_size && i < count; ++offset, ++i) {
+            keys[i] = key + offset * call.key_slot_stride;
+            values[i] = value + offset * call.value_slot_stride;
+        }
+    }
+}
+
+// Positions [*first, *last) that a row sees within the tile of `count` keys at `tile`, relative to the tile.
+DUOPOOL_INLINE void visible(const AttentionCall& call, int64_t position, int64_t tile, int64_t count, int64_t* first,
+                            int64_t* last) {
+    const int64_t end = position + 1 - tile;
+    *last = end < 0 ? 0 : end < count ? end : count;
+    const int64_t begin = call.window ? position + 1 - call.window - tile : 0;
+    *first = begin < 0 ? 0 : begin < *last ? begin : *last;
+}
+
+// Scores of one row become weights; the running sums follow. Returns by how much earlier sums shrink.
+DUOPOOL_INLINE float weigh(const AttentionCall& call, float* scores, int64_t first, int64_t last, int64_t count,
+                           float* largest_so_far, float* total) {
+    const int64_t end = (count + WIDTH - 1) / WIDTH * WIDTH;
+    if (call.soft_cap != 0) {
+        for (int64_t i = 0; i < end; i += WIDTH)
+            store(scores + i, call.soft_cap * hyperbolic_tangent(load(scores + i) / call.soft_cap));
+    }
+    for (int64_t i = 0; i < first; ++i) scores[i] = -__builtin_inff();
+    for (int64_t i = last; i < end; ++i) scores[i] = -__builtin_inff();
+    Floats most = fill(*largest_so_far);
+    for (int64_t i = 0; i < end; i += WIDTH) most = larger(load(scores + i), most);
+    const float new_largest = largest(most);
+    Floats sums = {};
+    for (int64_t i = 0; i < end; i += WIDTH) {
+        const Floats weight = exponential(load(scores + i) - new_largest);
+        store(scores + i, weight);
+        sums += weight;
+    }
+    const float shrink = exponential(fill(*largest_so_far - new_largest))[0];
+    *largest_so_far = new_largest;
+    *total = *total * shrink + sum(sums);
+    return shrink;
+}
+
+DUOPOOL_INLINE void shrink_row(float* mixed, int64_t dim, float by) {
+    for (int64_t i = 0; i < dim; i += WIDTH) store(mixed + i, load(mixed + i) * by);
+}
+
+DUOPOOL_INLINE void clear(Sums& sums, int64_t rows, int64_t dim) {
+    for (int64_t r = 0; r < rows; ++r) {
+        sums.largest[r] = NO_SCORE;
+        sums.total[r] = 0;
+    }
+    __builtin_memset(sums.mixed, 0, rows * dim * sizeof(float));
+}
+
+// scores[R][4] of R rows with four keys.
+template <int R, class T>
+DUOPOOL_INLINE void score_four(const float* query, int64_t query_stride, const T* const* keys, int64_t dim,
+                               float* scores) {
+    Floats sums[R][4] = {};
+    int64_t chunk = 0;
+    for (; chunk + CHUNK <= dim; chunk += CHUNK) {
+#pragma GCC unroll 4
+        for (int key = 0; key < 4; ++key) {
+            Floats a, b;
+            load_pair(keys[key] + chunk, a, b);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                sums[r][key] += load(query + r * query_stride + chunk) * a;
+                sums[r][key] += load(query + r * query_stride + chunk + WIDTH) * b;
+            }
+        }
+    }
+    if (chunk < dim) {
+        for (int key = 0; key < 4; ++key) {
+            Floats a, b;
+            load_partial_pair(keys[key] + chunk, dim - chunk, a, b);
+            for (int r = 0; r < R; ++r) {
+                sums[r][key] += load(query + r * query_stride + chunk) * a;
+                sums[r][key] += load(query + r * query_stride + chunk + WIDTH) * b;
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        const Floats all = four_sums(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+        __builtin_memcpy(scores + r * KEY_TILE, &all, 4 * sizeof(float));
+    }
+}
+
+// mixed[R] += weights[R][count] * values[count], one chunk of columns.
+template <int R, class T>
+DUOPOOL_TARGET __attribute__((noinline)) void mix_values(const float* weights, const T* const* values, int64_t count,
+                                                         int64_t dim, float* mixed, int64_t mixed_stride) {
+    for (int64_t chunk = 0; chunk < dim; chunk += CHUNK) {
+        Floats sums[R][2];
+        for (int r = 0; r < R; ++r) load_pair(mixed + r * mixed_stride + chunk, sums[r][0], sums[r][1]);
+        for (int64_t key = 0; key < count; ++key) {
+            Floats a, b;
+            load_chunk(values[key], dim, chunk, a, b);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const Floats weight = fill(weights[r * KEY_TILE + key]);
+                sums[r][0] += weight * a;
+                sums[r][1] += weight * b;
+            }
+        }
+        for (int r = 0; r < R; ++r) store_pair(mixed + r * mixed_stride + chunk, sums[r][0], sums[r][1]);
+    }
+}
+
+template <int R, class T>
+DUOPOOL_TARGET __attribute__((noinline)) void score_tile(const float* query, int64_t query_stride, const T* const* keys,
+                                                         int64_t count, int64_t dim, float* scores) {
+    for (int64_t key = 0; key < count; key += 4) score_four<R>(query, query_stride, keys + key, dim, scores + key);
+}
+
+// Few rows: keys and values are read where they lie.
+template <class T>
+DUOPOOL_INLINE void attend_in_place(const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
+    const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim), rows = piece.num_rows;
+    const int64_t group = call.num_heads / call.num_kv_heads;
+    const int64_t num_queries = call.query_starts[piece.request + 1] - call.query_starts[piece.request];
+    const int64_t first_position = call.kv_lengths[piece.request] - num_queries;
+    const T *keys[KEY_TILE + 4], *values[KEY_TILE];
+    for (int64_t tile = piece.first_key; tile < piece.last_key; tile += KEY_TILE) {
+        const int64_t count = piece.last_key - tile < KEY_TILE ? piece.last_key - tile : KEY_TILE;
+        find_slots(call, piece, tile, count, keys, values);
+        for (int64_t i = count; i % 4; ++i) keys[i] = keys[count - 1];
+        for (int64_t r = 0; r < rows;) {
+            const float* query = work.query + r * key_dim;
+            float* scores = work.scores + r * KEY_TILE;
+            if (rows - r >= 3) {
+                score_tile<3>(query, key_dim, keys, count, call.key_dim, scores);
+                r += 3;
+            } else if (rows - r == 2) {
+                score_tile<2>(query, key_dim, keys, count, call.key_dim, scores);
+                r += 2;
+            } else {
+                score_tile<1>(query, key_dim, keys, count, call.key_dim, scores);
+                r += 1;
+            }
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            int64_t first, last;
+            visible(call, first_position + (piece.first_row + r) / group, tile, count, &first, &last);
+            float* scores = work.scores + r * KEY_TILE;
+            const float shrink = weigh(call, scores, first, last, count, sums.largest + r, sums.total + r);
+            if (shrink != 1) shrink_row(sums.mixed + r * value_dim, value_dim, shrink);
+        }
+        for (int64_t r = 0; r < rows;) {
+            const float* weights = work.scores + r * KEY_TILE;
+            float* mixed = sums.mixed + r * value_dim;
+            if (rows - r >= 4) {
+                mix_values<4>(weights, values, count, call.value_dim, mixed, value_dim);
+                r += 4;
+            } else if (rows - r == 3) {
+                mix_values<3>(weights, values, count, call.value_dim, mixed, value_dim);
+                r += 3;
+            } else if (rows - r == 2) {
+                mix_values<2>(weights, values, count, call.value_dim, mixed, value_dim);
+                r += 2;
+            } else {
+                mix_values<1>(weights, values, count, call.value_dim, mixed, value_dim);
+                r += 1;
+            }
+        }
+    }
+}
+
+// Keys become turned[padded D][KEY_TILE], values [count][padded E], both float32 in pair order.
+template <class T>
+DUOPOOL_INLINE void stage_tile(const AttentionCall& call, const T* const* keys, const T* const* values, int64_t count,
+                               Workspace& work) {
+    for (int64_t key = 0; key < count; key += WIDTH) {
+        for (int64_t chunk = 0; chunk < call.key_dim; chunk += CHUNK) {
+            Floats low[WIDTH] = {}, high[WIDTH] = {};
+            for (int i = 0; i < WIDTH && key + i < count; ++i)
+                load_chunk(keys[key + i], call.key_dim, chunk, low[i], high[i]);
+            transpose(low);
+            transpose(high);
+            for (int i = 0; i < WIDTH; ++i) {
+                store(work.turned_keys + (chunk + i) * KEY_TILE + key, low[i]);
+                store(work.turned_keys + (chunk + WIDTH + i) * KEY_TILE + key, high[i]);
+            }
+        }
+    }
+    float* to = work.values;
+    for (int64_t key = 0; key < count; ++key) {
+        for (int64_t chunk = 0; chunk < call.value_dim; chunk += CHUNK, to += CHUNK) {
+            Floats a, b;
+            load_chunk(values[key], call.value_dim, chunk, a, b);
+            store_pair(to, a, b);
+        }
+    }
+}
+
+// Many rows: a tile of keys is turned around once, then all rows pass over it.
+template <class T>
+DUOPOOL_INLINE void attend_staged(const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
+    const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim), rows = piece.num_rows;
+    const int64_t group = call.num_heads / call.num_kv_heads;
+    const int64_t num_queries = call.query_starts[piece.request + 1] - call.query_starts[piece.request];
+    const int64_t first_position = call.kv_lengths[piece.request] - num_queries;
+    const T *keys[KEY_TILE], *values[KEY_TILE];
+    for (int64_t tile = piece.first_key; tile < piece.last_key; tile += KEY_TILE) {
+        const int64_t count = piece.last_key - tile < KEY_TILE ? piece.last_key - tile : KEY_TILE;
+        find_slots(call, piece, tile, count, keys, values);
+        stage_tile(call, keys, values, count, work);
+        for (int64_t r = 0; r < rows; r += MAX_ROWS) {
+            const int64_t some = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
+            const auto multiply = RowProducts<float>::of[some];
+            int64_t firsts[MAX_ROWS], lasts[MAX_ROWS], first_seen = count, last_seen = 0;
+            for (int64_t i = 0; i < some; ++i) {
+                const int64_t position = first_position + (piece.first_row + r + i) / group;
+                visible(call, position, tile, count, firsts + i, lasts + i);
+                if (firsts[i] < first_seen) first_seen = firsts[i];
+                if (lasts[i] > last_seen) last_seen = lasts[i];
+            }
+            if (first_seen >= last_seen) continue;
+            for (int64_t key = 0; key < last_seen; key += CHUNK)
+                multiply(work.query + r * key_dim, key_dim, work.turned_keys + key, KEY_TILE, key_dim, work.scores + key,
+                         KEY_TILE, false);
+            for (int64_t i = 0; i < some; ++i) {
+                const int64_t row = r + i;
+                const float shrink = weigh(call, work.scores + i * KEY_TILE, firsts[i], lasts[i], last_seen,
+                                           sums.largest + row, sums.total + row);
+                if (shrink != 1) shrink_row(sums.mixed + row * value_dim, value_dim, shrink);
+            }
+            for (int64_t chunk = 0; chunk < value_dim; chunk += CHUNK)
+                multiply(work.scores, KEY_TILE, work.values + chunk, value_dim, last_seen,
+                         sums.mixed + r * value_dim + chunk, value_dim, true);
+        }
+    }
+}
+
+// Divide by the sum of exponentials, the sink's included, and write the rows out.
+template <class T>
+DUOPOOL_INLINE void write_rows(const AttentionCall& call, const Piece& piece, Sums& sums) {
+    const int64_t group = call.num_heads / call.num_kv_heads, dim = padded(call.value_dim);
+    for (int64_t r = 0; r < piece.num_rows; ++r) {
+        const int64_t row = piece.first_row + r, head = piece.kv_head * group + row % group;
+        float total = sums.total[r], factor = 1;
+        if (call.sinks) {
+            const float most = sums.largest[r] > call.sinks[head] ? sums.largest[r] : call.sinks[head];
+            factor = exponential(fill(sums.largest[r] - most))[0];
+            total = total * factor + exponential(fill(call.sinks[head] - most))[0];
+        }
+        factor = total == 0 ? 0 : factor / total;
+        T* to = (T*)call.out + (call.query_starts[piece.request] + row / group) * call.out_token_stride +
+                head * call.out_head_stride;
+        const float* mixed = sums.mixed + r * dim;
+        for (int64_t chunk = 0; chunk < call.value_dim; chunk += CHUNK) {
+            const Floats a = load(mixed + chunk) * factor, b = load(mixed + chunk + WIDTH) * factor;
+            if (chunk + CHUNK <= call.value_dim)
+                store_pair(to + chunk, a, b);
+            else
+                store_partial_pair(to + chunk, call.value_dim - chunk, a, b);
+        }
+    }
+}
+
+template <class T>
+DUOPOOL_TARGET void attend(const AttentionCall& call, const Piece& piece, float* memory, float* partial) {
+    Workspace work = cut(call, memory);
+    Sums sums = partial ? partial_sums(partial, piece.num_rows) : work.sums;
+    clear(sums, piece.num_rows, padded(call.value_dim));
+    stage_query<T>(call, piece, work.query);
+    if (piece.num_rows <= FEW_ROWS)
+        attend_in_place<T>(call, piece, work, sums);
+    else
+        attend_staged<T>(call, piece, work, sums);
+    if (!partial) write_rows<T>(call, piece, sums);
+}
+
+// Merge the sums of pieces over the same rows into the first one's and write the rows out.
+template <class T>
+DUOPOOL_TARGET void merge(const AttentionCall& call, const Split& split, float* partials) {
+    const int64_t rows = split.whole.num_rows, dim = padded(call.value_dim), size = partial_floats(call, rows);
+    Sums sums = partial_sums(partials, rows);
+    for (int64_t i = 1; i < split.num_partials; ++i) {
+        const Sums other = partial_sums(partials + i * size, rows);
+        for (int64_t r = 0; r < rows; ++r) {
+            const float most = sums.largest[r] > other.largest[r] ? sums.largest[r] : other.largest[r];
+            const float keep = exponential(fill(sums.largest[r] - most))[0];
+            const float add = exponential(fill(other.largest[r] - most))[0];
+            sums.largest[r] = most;
+            sums.total[r] = sums.total[r] * keep + other.total[r] * add;
+            float *mixed = sums.mixed + r * dim, *more = other.mixed + r * dim;
+            for (int64_t i = 0; i < dim; i += WIDTH) store(mixed + i, load(mixed + i) * keep + load(more + i) * add);
+        }
+    }
+    write_rows<T>(call, split.whole, sums);
+}
