@@ -1,0 +1,75 @@
+"""What a worker has to say, and to whom.
+
+Owns the open sessions, when each was last heard, the order of events and the sequence numbers of KV events. Does not
+send anything: a service takes the events away. Not thread-safe; the worker's lock covers it.
+"""
+
+from __future__ import annotations
+
+from duopool.core.kv_events import net_changes
+from duopool.core.kv_manager import KVCacheManager
+from duopool.core.messages import Event, KvChanged, KvSnapshot, KvStoredSegment
+from duopool.core.worker import Addressed, SessionId
+
+
+class Outbox:
+    """Events in the order they happened. Nothing is kept for a session that is not open."""
+
+    def __init__(self) -> None:
+        self._events: list[Addressed] = []
+        self._open: set[SessionId] = set()
+        self._heard_at: dict[SessionId, float] = {}
+        """When each session gave its last sign of life; closed ones stay until they are swept."""
+        self._sequence = 0
+
+    def open(self, session: SessionId, *, now: float) -> None:
+        self._open.add(session)
+        self._heard_at[session] = now
+
+    def close(self, session: SessionId, *, now: float) -> None:
+        self._open.discard(session)
+        self._heard_at[session] = now
+
+    def heard(self, session: SessionId, *, now: float) -> None:
+        """The session gave a sign of life."""
+        self._heard_at[session] = now
+
+    def is_silent(self, session: SessionId, *, now: float, limit_s: float) -> bool:
+        """True if the session has not been heard for `limit_s` seconds, or is not known."""
+        heard_at = self._heard_at.get(session)
+        return heard_at is None or now - heard_at >= limit_s
+
+    def sweep(self, *, now: float, limit_s: float) -> None:
+        """Forget closed sessions after `limit_s` seconds."""
+        for session in [one for one in self._heard_at if one not in self._open]:
+            if now - self._heard_at[session] >= limit_s:
+                del self._heard_at[session]
+
+    def say(self, session: SessionId, event: Event) -> None:
+        """To one session."""
+        if session in self._open:
+            self._events.append(Addressed(session, event))
+
+    def say_to_all(self, event: Event) -> None:
+        """To every session."""
+        if self._open:
+            self._events.append(Addressed(None, event))
+
+    def say_kv_changes(self, manager: KVCacheManager) -> None:
+        """Tell every session what became cached and what was evicted since the last call."""
+        removed, stored = net_changes(manager.drain_events())
+        if not removed and not stored:
+            return
+        self._sequence += 1
+        segments = tuple(KvStoredSegment(parent=piece.parent, keys=piece.keys) for piece in stored)
+        self.say_to_all(KvChanged(sequence=self._sequence, stored=segments, removed=removed))
+
+    def say_kv_snapshot(self, session: SessionId, manager: KVCacheManager) -> None:
+        """Tell one session everything that is cached; the others hear of the latest changes first."""
+        self.say_kv_changes(manager)
+        self.say(session, KvSnapshot(sequence=self._sequence, paths=tuple(manager.snapshot())))
+
+    def take(self) -> tuple[Addressed, ...]:
+        """Empty the box."""
+        events, self._events = self._events, []
+        return tuple(events)

@@ -1,0 +1,146 @@
+"""Executes step plans on a model: the Runner of a real worker.
+
+Owns the model, its KV store and nothing about requests: every step is a function of the plan and of the pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from duopool.core.config import CacheConfig, ModelConfig
+from duopool.core.errors import OutOfBlocks
+from duopool.core.sampling_params import SamplingParams
+from duopool.core.step import Chunk, SampleSpec, StepPlan, StepResult
+from duopool.core.types import BlockId, RequestId, TokenLogprob
+from duopool.engine.forward_batch import ForwardBatch, build_forward_batch
+from duopool.engine.forward_context import forward_context
+from duopool.engine.kv_store import KVStore
+from duopool.engine.model_loader import LoadedModel, load_model
+from duopool.engine.model_source import Progress, resolve_model
+from duopool.engine.probe import check_parity, find_layout
+from duopool.engine.sampler import sample
+from duopool.engine.token_logprobs import token_logprobs
+from duopool.kernels import ops
+
+
+class ModelRunner:
+    """A model over a paged KV store. Not thread-safe: one step at a time."""
+
+    def __init__(self, model: LoadedModel, store: KVStore) -> None:
+        self._model = model
+        self.store = store
+
+    @classmethod
+    def load(
+        cls,
+        model_config: ModelConfig,
+        cache_config: CacheConfig,
+        *,
+        progress: Progress | None = None,
+        device: torch.device | str = "cpu",
+    ) -> ModelRunner:
+        """Find, load and check the model and make its store; raise ModelNotFound, UnsupportedModel, OutOfBlocks."""
+        report: Callable[[str], None] = progress or (lambda _: None)
+        source = resolve_model(model_config.model, report)
+        report(f"loading {source.name}")
+        model = load_model(
+            source.folder, dtype=model_config.dtype, max_model_len=model_config.max_model_len, device=device
+        )
+        report("checking attention")
+        return cls.from_model(model, cache_config)
+
+    @classmethod
+    def from_model(cls, model: LoadedModel, cache_config: CacheConfig) -> ModelRunner:
+        """Check a loaded model and give it a store."""
+        layout = find_layout(model, cache_config.block_size)
+        check_parity(model, layout)
+        num_blocks = cache_config.num_blocks or cache_config.kv_cache_memory_bytes // layout.page_bytes
+        if num_blocks < 1:
+            raise OutOfBlocks(needed=1, free=0)
+        return cls(model, KVStore(layout, num_blocks, model.device))
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self._model.eos_token_ids
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output in tokens."""
+        return self._model.max_model_len
+
+    @property
+    def num_blocks(self) -> int:
+        return self.store.num_blocks
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Copy pages, write the KV of every chunk, sample where asked."""
+        self._copy(plan)
+        if plan.is_empty:
+            return StepResult()
+        batch = build_forward_batch(plan, self.store)
+        logits_RV = self._forward(batch)
+        specs = [(row, chunk.request_id, chunk.sample) for row, chunk in batch.sampled if chunk.sample is not None]
+        rows = [row for row, _, _ in specs]
+        wanted = logits_RV if rows == list(range(len(logits_RV))) else logits_RV[rows]
+        tokens = sample(wanted, [spec for _, _, spec in specs])
+        return StepResult(
+            tokens={request: token for (_, request, _), token in zip(specs, tokens, strict=True)},
+            prompt_logprobs={chunk.request_id: _score(logits_RV[where], chunk) for where, chunk in batch.scored},
+        )
+
+    def warm_up(self) -> None:
+        """Run one prompt and one decode step over block 0, which must not be in use; leaves it zero."""
+        length = min(self.store.layout.block_size, self.max_model_len)
+        spec = SampleSpec(params=SamplingParams(), prompt_token_ids=[0], output_token_ids=[])
+        spans = [(0, length - 1), (length - 1, length)] if length > 1 else [(0, 1)]
+        for start, end in spans:
+            tokens = [0] * (end - start)
+            self.execute(
+                StepPlan(
+                    chunks=(
+                        Chunk(
+                            request_id=RequestId("warm-up"),
+                            token_ids=tokens,
+                            start=start,
+                            block_ids=[BlockId(0)],
+                            sample=spec,
+                        ),
+                    )
+                )
+            )
+        self.store.pages[0].zero_()
+
+    def _copy(self, plan: StepPlan) -> None:
+        if plan.copies:
+            device = self.store.pages.device
+            sources = torch.tensor([copy.source for copy in plan.copies], dtype=torch.int64, device=device)
+            targets = torch.tensor([copy.target for copy in plan.copies], dtype=torch.int64, device=device)
+            ops.copy_blocks(self.store.pages, sources, targets)
+
+    def _forward(self, batch: ForwardBatch) -> Tensor:
+        """Logits [R, V] of the wanted rows."""
+        with forward_context(batch.context):
+            output = self._model.module(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=batch.logits_rows,
+            )
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+def _score(logits_RV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:
+    """Each row predicts the token behind it: the chunk's own from the second on, then the next chunk's first."""
+    targets = list(chunk.token_ids[1:])
+    if chunk.next_token_id is not None:
+        targets.append(chunk.next_token_id)
+    return tuple(token_logprobs(logits_RV, targets, chunk.prompt_logprobs or 0))

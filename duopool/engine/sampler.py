@@ -1,0 +1,81 @@
+"""Chooses the next token of each row of logits.
+
+Owns the order of the steps, which is vLLM's: raw log-probabilities aside, then minimum length, logit bias and penalties
+on the logits; greedy rows take the best; the others divide by the temperature, drop candidates (min-p, top-k, top-p) and
+take the best of logit plus Gumbel noise, which is a draw from the softmax. Everything is a pure function of a row's
+logits and its SampleSpec: no state, no generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duopool.core.sampling_params import SamplingParams
+from duopool.core.step import SampledToken, SampleSpec
+from duopool.engine.candidates import Candidates, keep_candidates
+from duopool.engine.logit_rules import apply_rules, needs_rules
+from duopool.engine.sampling_noise import gumbel_noise, noise_keys
+from duopool.engine.token_logprobs import token_logprobs
+
+GREEDY_BELOW = 1e-5
+"""Lower temperatures are greedy: dividing by them would overflow."""
+NOISE_AT_ONCE = 1 << 18
+"""Elements hashed in one go, so that the scratch stays in the processor's cache."""
+
+
+def sample(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[SampledToken]:
+    """One token per row, with its log-probability where the parameters ask for it."""
+    if not specs:
+        return []
+    logits = logits_RV.float()
+    chosen = _choose(logits, specs).tolist()
+    logprobs: dict[int, SampledToken] = {}
+    rows = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None]
+    if rows:
+        most = max(specs[row].params.logprobs or 0 for row in rows)
+        for row, found in zip(rows, token_logprobs(logits[rows], [chosen[row] for row in rows], most), strict=True):
+            top = found.top[: specs[row].params.logprobs or 0]
+            found = type(found)(found.token_id, found.logprob, found.rank, top)
+            logprobs[row] = SampledToken(token_id=chosen[row], logprob=found)
+    return [logprobs.get(row) or SampledToken(token_id=token_id) for row, token_id in enumerate(chosen)]
+
+
+def _choose(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    """int64 [R]"""
+    ruled = [row for row, spec in enumerate(specs) if needs_rules(spec)]
+    if ruled:
+        logits = logits.clone()
+        logits[ruled] = apply_rules(logits[ruled], [specs[row] for row in ruled])
+    random = [row for row, spec in enumerate(specs) if spec.params.temperature >= GREEDY_BELOW]
+    if not random:
+        return logits.argmax(dim=-1)
+    drawn = _draw(logits if len(random) == len(specs) else logits[random], [specs[row] for row in random])
+    if len(random) == len(specs):
+        return drawn
+    chosen = logits.argmax(dim=-1)
+    chosen[random] = drawn
+    return chosen
+
+
+def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    params: list[SamplingParams] = [spec.params for spec in specs]
+    temperatures = torch.tensor([each.temperature for each in params], device=logits.device).unsqueeze(1)
+    # Moving the best logit to 0 first keeps a small temperature from overflowing.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures)
+    keys = noise_keys([each.seed for each in params], [len(spec.output_token_ids) for spec in specs], logits.device)
+    kept = keep_candidates(scaled, params)
+    return _best_with_noise(kept, keys)
+
+
+def _best_with_noise(kept: Candidates, keys_R2: Tensor) -> Tensor:
+    rows_at_once = max(1, NOISE_AT_ONCE // kept.scores.shape[1])
+    best = []
+    for first in range(0, len(kept.scores), rows_at_once):
+        rows = slice(first, first + rows_at_once)
+        indices = kept.indices if kept.indices.dim() == 1 else kept.indices[rows]
+        winner = (kept.scores[rows] + gumbel_noise(keys_R2[rows], indices)).argmax(dim=-1, keepdim=True)
+        best.append(winner if indices.dim() == 1 else indices.gather(1, winner))
+    return torch.cat(best).squeeze(1)

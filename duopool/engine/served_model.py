@@ -1,0 +1,67 @@
+"""What a worker must know of its model to judge requests: when a stream ends and which requests can never run.
+
+Plain values; neither the weights nor the tokenizer are known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from duopool.core.messages import NackReason
+from duopool.core.sampling_params import SamplingParams
+from duopool.core.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """Why a token was the last one."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+    """Set when one of the request's own stop tokens ended it; end-of-sequence is not one of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request can never run here."""
+
+    reason: NackReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """The limits of the model and of the pool that its KV lies in."""
+
+    vocab_size: int
+    max_model_len: int
+    """Longest sequence in tokens: prompt and output together."""
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def refusal(self, token_ids: Sequence[int], *, num_tokens_in_pool: int, num_tokens_ahead: int) -> Refusal | None:
+        """Judge a prefix that needs room for itself and `num_tokens_ahead` more tokens; None if it can run."""
+        if not token_ids:
+            return Refusal(NackReason.INTERNAL, "the prompt is empty")
+        if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
+            return Refusal(NackReason.INTERNAL, f"a token id is outside the vocabulary of {self.vocab_size}")
+        if len(token_ids) >= self.max_model_len:
+            detail = f"{len(token_ids)} tokens leave no room in a context of {self.max_model_len}"
+            return Refusal(NackReason.TOO_LARGE, detail)
+        if len(token_ids) + num_tokens_ahead > num_tokens_in_pool:
+            detail = f"{len(token_ids)} tokens do not fit the pool of {num_tokens_in_pool}"
+            return Refusal(NackReason.TOO_LARGE, detail)
+        return None
+
+    def ending(
+        self, params: SamplingParams, token_id: int, *, num_output_tokens: int, num_tokens: int, max_tokens: int
+    ) -> Ending | None:
+        """Judge the newest token. The counts include it; `max_tokens` is the longest sequence the worker can hold."""
+        if num_output_tokens > params.min_tokens:
+            if token_id in params.stop_token_ids:
+                return Ending(reason=FinishReason.STOP, stop_token_id=token_id)
+            if token_id in self.eos_token_ids and not params.ignore_eos:
+                return Ending(reason=FinishReason.STOP)
+        if num_output_tokens >= params.max_tokens or num_tokens >= min(self.max_model_len, max_tokens):
+            return Ending(reason=FinishReason.LENGTH)
+        return None
