@@ -38,8 +38,8 @@ class FakeStore:
     def base_address(self) -> int:
         return int(self.pages.ctypes.data)
 
-    def page(self, block_id: BlockId) -> np.ndarray:
-        return self.pages[block_id]
+    def page(self, block_id: BlockId) -> memoryview:
+        return memoryview(self.pages[block_id])
 
 
 class FakeKeeper:
@@ -135,7 +135,7 @@ def start_source(
         address = address.replace(":0", f":{incarnation}")
         network.listen(address, KvSource(keeper=keeper, store=store, incarnation=life))
         return FakeSource(worker, life, address, store, keeper, stop=lambda: network.hang_up(address))
-    nixl = make_nixl_source(store, worker_id=worker, incarnation=life) if transport == "nixl" else None
+    nixl = make_nixl_source(transport, store, worker_id=worker, incarnation=life)
     started: threading.Event = threading.Event()
     ports: list[int] = []
     loop = asyncio.new_event_loop()

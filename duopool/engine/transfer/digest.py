@@ -16,7 +16,7 @@ from duopool.engine.transfer.page_store import PageStore
 
 def page_digest(store: PageStore, block_id: BlockId) -> int:
     """CRC-32 of the whole page."""
-    return zlib.crc32(memoryview(store.page(block_id)))
+    return zlib.crc32(store.page(block_id))
 
 
 def seal(store: PageStore, block_ids: Sequence[BlockId], generations: Sequence[int]) -> tuple[SealedBlock, ...]:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-import numpy as np
-from numpy.typing import NDArray
 
 from duopool.core.messages import LeaseRef, ReadBlocks, SealedBlock, Validate, Verdict
 from duopool.core.types import BlockId
@@ -70,7 +68,7 @@ class GrpcReader:
         self._client.close()
         self._threads.shutdown(wait=True)
 
-    def _pull(self, address: str, asked: ReadBlocks, pages: Sequence[NDArray[np.uint8]]) -> ReadOutcome:
+    def _pull(self, address: str, asked: ReadBlocks, pages: Sequence[memoryview]) -> ReadOutcome:
         try:
             call = self._client.read(address, asked, timeout_s=self._read_timeout_s)
         except RuntimeError as closed:
@@ -84,7 +82,7 @@ class GrpcReader:
                 fault = self._fault(asked.blocks[num_pages - 1], page)
                 if fault:
                     return ReadOutcome(error=fault)
-                pages[num_pages - 1][:] = np.frombuffer(page, dtype=np.uint8)
+                pages[num_pages - 1][:] = page
         except grpc.RpcError:
             return ReadOutcome(error=describe_error(call))
         finally:

@@ -68,7 +68,7 @@ def _handlers(source: KvSource) -> GenericRpcHandler:
         try:
             await context.send_initial_metadata(((LAYOUT_METADATA_KEY, source.store.digest),))
             for block in asked.blocks:
-                await context.write(source.store.page(block.block_id).tobytes())
+                await context.write(bytes(source.store.page(block.block_id)))
         finally:
             source.end_read(asked.lease_id)
 

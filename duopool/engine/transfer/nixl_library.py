@@ -14,9 +14,15 @@ _PACKAGES = ("nixl_cu12", "nixl_cu13")
 _SETTINGS = {"NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_LEVEL": "fatal", "UCX_WARN_UNUSED_ENV_VARS": "n"}
 
 
-def is_installed() -> bool:
-    """True if a NIXL package is there; loading it may still fail on a machine without its libraries."""
-    return any(importlib.util.find_spec(package) is not None for package in _PACKAGES)
+def can_load() -> bool:
+    """True if `load` will work."""
+    if all(importlib.util.find_spec(package) is None for package in _PACKAGES):
+        return False
+    try:
+        load()
+    except ImportError:
+        return False
+    return True
 
 
 def load() -> Any:

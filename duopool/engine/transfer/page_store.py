@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from duopool.core.types import BlockId
 
 
@@ -29,6 +26,6 @@ class PageStore(Protocol):
         """Names the layout of a page: equal for stores whose pages mean the same."""
         ...
 
-    def page(self, block_id: BlockId) -> NDArray[np.uint8]:
+    def page(self, block_id: BlockId) -> memoryview:
         """Writable view of one page's bytes, [page_bytes]."""
         ...
