@@ -1,0 +1,126 @@
+"""One request on a decode worker, from its reservation to its last token. Holds state; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from duopool.core.handoff.slot import Slot
+from duopool.core.messages import GenerationRequest
+from duopool.core.step import Chunk, SampleSpec
+from duopool.core.types import BlockId, BlockKey, RequestId, TokenLogprob
+from duopool.core.worker import SessionId
+
+
+class DecodePhase(Enum):
+    WAITING = auto()
+    """No block is held: new, or preempted."""
+    PULLING = auto()
+    """Blocks are held for a handoff; `slot` says how far it is."""
+    RUNNING = auto()
+    ENDED = auto()
+    """Forgotten; the table goes as soon as no running step and no read writes to it."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class DecodeRequest:
+    """One attempt of one request."""
+
+    table: RequestId
+    """Name of the block table: of this attempt alone, so that an older attempt may still hold its own."""
+    request: GenerationRequest
+    attempt: int
+    session: SessionId
+    order: int
+    """Position in the order of arrival."""
+    deadline_at: float | None
+    keys: tuple[BlockKey, ...]
+    """Of the full blocks of the prefix that it came with."""
+    slot: Slot | None
+    """The handoff; None when the prefix is computed here."""
+    output: list[int]
+    """Tokens emitted so far, over all attempts."""
+    phase: DecodePhase = DecodePhase.WAITING
+    is_in_step: bool = False
+    """A running step writes to the table."""
+    has_begun: bool = False
+    """The router knows that the request was taken; deadlines are the router's from here on."""
+    num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
+    """Leading tokens whose KV is in the table."""
+    num_pulled_blocks: int = 0
+    num_pulled_bytes: int = 0
+    reading_since: float = 0.0
+    transfer_s: float = 0.0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + len(self.output)
+
+    @property
+    def num_missing_tokens(self) -> int:
+        """Tokens to compute before the next one can be sampled: 1 when decoding."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_missing_tokens == 1 and self.num_tokens > self.num_prompt_tokens
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives wanted per prompt token; None when they were delivered, here or by another worker."""
+        return self.request.params.prompt_logprobs if self.slot is None and not self.output else None
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """A handoff may find all its blocks here; otherwise the last token's logits are wanted, or all of them."""
+        if self.slot is not None:
+            return self.num_tokens
+        return self.num_tokens - 1 if self.num_prompt_logprobs is None else 0
+
+    def is_late(self, *, now: float) -> bool:
+        return not self.has_begun and self.deadline_at is not None and now >= self.deadline_at
+
+    def tokens(self, start: int, end: int) -> Sequence[int]:
+        """Token ids at positions [start, end) of prompt and output together."""
+        prompt, split = self.request.prompt_token_ids, self.num_prompt_tokens
+        if start >= split:
+            return self.output[start - split : end - split]
+        if end <= split:
+            return prompt[start:end]
+        return [*prompt[start:], *self.output[: end - split]]
+
+    def chunk(self, num_tokens: int, block_ids: Sequence[BlockId], eos_token_ids: frozenset[int]) -> Chunk:
+        """The next `num_tokens` tokens; when they are the last ones known, a new token is sampled behind them."""
+        start, end = self.num_computed_tokens, self.num_computed_tokens + num_tokens
+        is_last = end == self.num_tokens
+        sample = SampleSpec(
+            params=self.request.params,
+            prompt_token_ids=self.request.prompt_token_ids,
+            output_token_ids=self.output,
+            eos_token_ids=eos_token_ids,
+        )
+        return Chunk(
+            request_id=self.table,
+            token_ids=self.tokens(start, end),
+            start=start,
+            block_ids=block_ids,
+            sample=sample if is_last else None,
+            prompt_logprobs=self.num_prompt_logprobs,
+            next_token_id=None if is_last else self.tokens(end, end + 1)[0],
+        )
+
+
+def table_name(request_id: RequestId, attempt: int) -> RequestId:
+    """Block tables are named by request and attempt."""
+    return RequestId(f"{request_id}/{attempt}")

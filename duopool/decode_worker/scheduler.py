@@ -1,0 +1,150 @@
+"""Decides who gets blocks and what a step computes on a decode worker.
+
+Continuous batching: every running request gets one token per step; what is left of the token budget goes to prefixes
+that are computed here (short prompts, and recompute after preemption). Nobody in the batch ever waits for a handoff.
+
+Admission is first come, first served, and leaves head-room so that running requests can grow. When one cannot grow, the
+request that arrived last gives up its blocks, keeps its tokens, and waits again in its old place: what it had computed
+is still cached unless others needed the room. Owns the queues; blocks belong to the manager, messages to the worker.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from duopool.core.config import SchedulerConfig
+from duopool.core.errors import OutOfBlocks
+from duopool.core.kv_manager import KVCacheManager
+from duopool.core.step import Chunk, StepPlan
+from duopool.decode_worker.decode_request import DecodePhase, DecodeRequest
+
+
+def _order(request: DecodeRequest) -> int:
+    return request.order
+
+
+class DecodeScheduler:
+    """Requests that wait, that pull their blocks, and that run; each in order of arrival."""
+
+    def __init__(self, manager: KVCacheManager, config: SchedulerConfig, *, eos_token_ids: frozenset[int]) -> None:
+        self.waiting: list[DecodeRequest] = []
+        self.pulling: list[DecodeRequest] = []
+        """They hold blocks that a read may write to; ended ones stay until their reads have ended."""
+        self.running: list[DecodeRequest] = []
+        self.num_preemptions = 0
+        self._manager = manager
+        self._config = config
+        self._eos_token_ids = eos_token_ids
+        self._num_kept_free = int(config.watermark * manager.num_blocks)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens to be computed here before the requests that are known can decode."""
+        waiting = sum(one.num_missing_tokens for one in self.waiting if one.slot is None)
+        return waiting + sum(one.num_missing_tokens for one in self.running if not one.is_decoding)
+
+    def add(self, request: DecodeRequest) -> None:
+        """Let a request wait in its place."""
+        insort(self.waiting, request, key=_order)
+
+    def join(self, request: DecodeRequest) -> None:
+        """All blocks of a handoff are here: the request decodes from the next step on."""
+        self.pulling.remove(request)
+        request.phase = DecodePhase.RUNNING
+        insort(self.running, request, key=_order)
+
+    def remove(self, request: DecodeRequest) -> None:
+        """Take a request out of its queue. Its table is the caller's to free."""
+        for queue in (self.waiting, self.pulling, self.running):
+            if request in queue:
+                queue.remove(request)
+
+    def admit(self) -> list[DecodeRequest]:
+        """Give blocks to waiting requests, in order, as long as there is head-room; return those that got them."""
+        admitted = []
+        while self.waiting and len(self.pulling) + len(self.running) < self._config.max_num_seqs:
+            request = self.waiting[0]
+            if not self._open_table(request):
+                break
+            del self.waiting[0]
+            if request.slot is None:
+                request.phase = DecodePhase.RUNNING
+                insort(self.running, request, key=_order)
+            else:
+                request.phase = DecodePhase.PULLING
+                self.pulling.append(request)
+            admitted.append(request)
+        return admitted
+
+    def schedule(self) -> StepPlan:
+        """The next step. Decodes first; every one of them gets its token whatever the budget is."""
+        chunks: list[Chunk] = []
+        for request in list(self.running):
+            if request.phase is DecodePhase.RUNNING and request.is_decoding and self._grow(request):
+                chunks.append(self._chunk(request, 1))
+        budget = max(1, self._config.max_num_batched_tokens - len(chunks))
+        for request in self.running:
+            if budget and not request.is_decoding:
+                chunks.append(self._chunk(request, min(budget, request.num_missing_tokens)))
+                budget -= len(chunks[-1].token_ids)
+        return StepPlan(chunks=tuple(chunks))
+
+    def check(self) -> None:
+        """Raise AssertionError unless queues, order, phases and tables agree."""
+        for queue in (self.waiting, self.running):
+            assert [one.order for one in queue] == sorted({one.order for one in queue})
+        assert all(one.phase is DecodePhase.WAITING and not self._manager.has(one.table) for one in self.waiting)
+        assert all(one.phase is DecodePhase.RUNNING and self._manager.has(one.table) for one in self.running)
+        assert all(self._manager.has(one.table) for one in self.pulling)
+        assert len(self.pulling) + len(self.running) <= self._config.max_num_seqs
+
+    def _chunk(self, request: DecodeRequest, num_tokens: int) -> Chunk:
+        return request.chunk(num_tokens, self._manager.block_ids(request.table), self._eos_token_ids)
+
+    def _open_table(self, request: DecodeRequest) -> bool:
+        """Blocks for the prefix and one more token, with head-room left; or change nothing and return False."""
+        manager = self._manager
+        is_alone = not self.pulling and not self.running
+        num_kept_free = 0 if is_alone else self._num_kept_free
+        num_hits = manager.lookup(request.keys[: request.max_cached_tokens // manager.block_size])
+        # A sequence that fills the whole pool samples its last token without another slot.
+        num_slots = min(request.num_tokens + 1, manager.num_blocks * manager.block_size)
+        num_missing = manager.blocks_for(num_slots) - num_hits
+        # Blocks of the output may be cached too, so a preempted request can only need fewer than this.
+        if request.num_tokens == len(request.request.token_ids) and num_missing + num_kept_free > manager.num_available:
+            return False
+        limit = request.max_cached_tokens
+        token_ids = request.tokens(0, request.num_tokens)
+        num_cached = manager.admit(request.table, token_ids, salt=request.request.cache_salt, max_cached_tokens=limit)
+        try:
+            manager.reserve(request.table, num_slots)
+        except OutOfBlocks:
+            manager.free(request.table)
+            return False
+        if manager.num_available < num_kept_free:
+            manager.free(request.table)
+            return False
+        request.num_cached_tokens = request.num_computed_tokens = num_cached
+        return True
+
+    def _grow(self, request: DecodeRequest) -> bool:
+        """Make room for the newest token's KV, preempting from the back; False if the request itself had to go."""
+        while True:
+            try:
+                self._manager.reserve(request.table, request.num_tokens)
+                return True
+            except OutOfBlocks:
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is request:
+                    return False
+
+    def _preempt(self, request: DecodeRequest) -> None:
+        self.running.remove(request)
+        self._manager.free(request.table)
+        request.phase = DecodePhase.WAITING
+        request.num_computed_tokens = 0
+        request.prompt_logprobs.clear()
+        request.slot = None
+        self.num_preemptions += 1
+        self.add(request)
