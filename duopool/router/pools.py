@@ -1,0 +1,265 @@
+"""The two pools as the router sees them: who is a member, who can be reached, what they hold, how busy they are.
+
+Owns the sessions, the prefix index, the load table and the register of live requests, and hands each worker's message
+to its request. Routes are the policy's; what becomes of a request is its life's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from duopool.core.config import RouterConfig
+from duopool.core.handoff.request import Member, Route
+from duopool.core.messages import (
+    Accepted,
+    BlocksReady,
+    Cancel,
+    Command,
+    Event,
+    Joined,
+    KvChanged,
+    KvSnapshot,
+    Nack,
+    Reserved,
+    SnapshotWanted,
+    Tokens,
+    WorkerInfo,
+    WorkerLoad,
+)
+from duopool.core.types import BlockKey, LeaseId, RequestId, Role
+from duopool.router.load_table import LoadTable
+from duopool.router.policy import Candidate, Decision, choose, choose_decode
+from duopool.router.prefix_index import PrefixIndex
+from duopool.router.session import Session, SessionState
+
+RequestMessage = Accepted | BlocksReady | Reserved | Joined | Tokens | Nack
+
+
+class Life(Protocol):
+    """A live request, as the pools know it. No call may wait."""
+
+    @property
+    def request_id(self) -> RequestId: ...
+
+    def hear(self, member: Member, message: RequestMessage) -> None: ...
+
+    def lose(self, member: Member) -> None: ...
+
+    def try_route(self) -> None:
+        """Somebody came back or joined: look for a route again, if one is wanted."""
+        ...
+
+    def lease_on(self, member: Member) -> LeaseId | None:
+        """The lease of that worker that the request still needs."""
+        ...
+
+
+@dataclass(slots=True)
+class _Seat:
+    info: WorkerInfo
+    session: Session
+    task: asyncio.Task[None]
+
+
+class Pools:
+    """Mutable state of one router, all on one event loop."""
+
+    def __init__(self, config: RouterConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._clock = clock
+        self._seats: dict[Member, _Seat] = {}
+        self._index = PrefixIndex()
+        self._lives: dict[RequestId, Life] = {}
+        self._rotation = 0
+        self.loads = LoadTable()
+        self.wanted: dict[str, int] = {}
+        """Pool sizes that the supervisor aims at."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when a session comes or goes."""
+
+    # ---- membership -------------------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> tuple[WorkerInfo, ...]:
+        return tuple(seat.info for seat in self._seats.values())
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._lives)
+
+    def update(self, infos: Sequence[WorkerInfo]) -> None:
+        """Take in the whole membership: sessions to new members begin, those of members that are gone end."""
+        current = {self.member_of(info): info for info in infos}
+        for member in [member for member in self._seats if member not in current]:
+            self._leave(member, "it left the membership")
+        for member, info in current.items():
+            if member in self._seats:
+                self._seats[member].info = info
+            else:
+                session = Session(info, self, self._config.handoff, clock=self._clock)
+                task = asyncio.create_task(session.run(), name=f"session {info.worker_id}")
+                self._seats[member] = _Seat(info, session, task)
+        self._changed()
+
+    async def close(self) -> None:
+        """End all sessions."""
+        tasks = [seat.task for seat in self._seats.values()]
+        for member in list(self._seats):
+            self._leave(member, "the router stops")
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def num_ready(self, role: str) -> int:
+        """Workers of a role that take new requests."""
+        return len(self._ready(role))
+
+    @staticmethod
+    def member_of(info: WorkerInfo) -> Member:
+        return Member(info.worker_id, info.incarnation)
+
+    def state_of(self, info: WorkerInfo) -> str:
+        """Connecting, ready, draining or lost."""
+        seat = self._seats[self.member_of(info)]
+        if seat.session.state is SessionState.READY and seat.info.draining:
+            return "draining"
+        return seat.session.state.value
+
+    def _leave(self, member: Member, reason: str) -> None:
+        seat = self._seats.pop(member)
+        seat.task.cancel()
+        seat.session.close(reason)
+
+    def _ready(self, role: str) -> list[Member]:
+        return [
+            member
+            for member, seat in self._seats.items()
+            if seat.info.role == role and seat.session.is_ready and not seat.info.draining
+        ]
+
+    def _changed(self) -> None:
+        self.on_change()
+        for life in list(self._lives.values()):
+            life.try_route()
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def enter(self, life: Life) -> None:
+        """From now on the request hears what workers say of it."""
+        self._lives[life.request_id] = life
+
+    def leave(self, request_id: RequestId) -> None:
+        self._lives.pop(request_id, None)
+
+    def send(self, member: Member, command: Command) -> None:
+        """Queue a command; dropped when the worker cannot be reached."""
+        seat = self._seats.get(member)
+        if seat is not None:
+            seat.session.send(command)
+
+    def namespace(self) -> tuple[int, bytes]:
+        """(block size, namespace) of the members' block keys."""
+        for seat in self._seats.values():
+            return seat.info.block_size, seat.info.model_digest.encode()
+        return self._config.block_size, b""
+
+    def route(
+        self, num_tokens: int, keys: Sequence[BlockKey], *, excluded: Collection[Member], refused: Collection[Member]
+    ) -> Decision | None:
+        """Where a prefix with these block keys should go now; excluded workers only if there are no others."""
+        hits = self._index.num_hits(keys)
+        block_size = self.namespace()[0]
+        self._rotation += 1
+        return choose(
+            [
+                self._candidate(member, max(hits.get(member, 0), self.loads.num_expected(member, keys)) * block_size)
+                for member in self._eligible(Role.PREFILL, excluded, refused)
+            ],
+            [
+                self._candidate(member, hits.get(member, 0) * block_size)
+                for member in self._eligible(Role.DECODE, excluded, refused)
+            ],
+            num_tokens=num_tokens,
+            block_size=block_size,
+            local_prefill_max_tokens=self._config.handoff.local_prefill_max_tokens,
+            rotation=self._rotation,
+        )
+
+    def route_decode(
+        self,
+        prefill: Member,
+        num_tokens: int,
+        keys: Sequence[BlockKey],
+        *,
+        excluded: Collection[Member],
+        refused: Collection[Member],
+    ) -> Route | None:
+        """Another decode worker for what `prefill` has leased."""
+        hits = self._index.num_hits(keys)
+        block_size = self.namespace()[0]
+        self._rotation += 1
+        decode = choose_decode(
+            [
+                self._candidate(member, hits.get(member, 0) * block_size)
+                for member in self._eligible(Role.DECODE, excluded, refused)
+            ],
+            num_tokens=num_tokens,
+            block_size=block_size,
+            rotation=self._rotation,
+        )
+        return None if decode is None else Route(prefill=prefill, decode=decode)
+
+    def _eligible(self, role: Role, excluded: Collection[Member], refused: Collection[Member]) -> list[Member]:
+        ready = [member for member in self._ready(role) if member not in refused]
+        return [member for member in ready if member not in excluded] or ready
+
+    def _candidate(self, member: Member, num_hit_tokens: int) -> Candidate:
+        num_unseen_tokens, num_unseen_sequences = self.loads.unseen(member)
+        return Candidate(
+            member=member,
+            num_hit_tokens=num_hit_tokens,
+            load=self.loads.load(member),
+            num_unseen_tokens=num_unseen_tokens,
+            num_unseen_sequences=num_unseen_sequences,
+        )
+
+    # ---- what sessions report (SessionListener) ---------------------------------------------------------------------
+
+    def session_ready(self, member: Member) -> None:
+        self._index.add(member)
+        self._changed()
+
+    def session_lost(self, member: Member, reason: str) -> None:
+        self._index.drop(member)
+        self.loads.forget(member)
+        for life in list(self._lives.values()):
+            life.lose(member)
+        self.on_change()
+
+    def session_heard(self, member: Member, event: Event) -> None:
+        match event:
+            case WorkerLoad():
+                self.loads.report(member, event)
+            case KvChanged() | KvSnapshot():
+                if self._index.apply(member, event):
+                    self.send(member, SnapshotWanted())
+            case _:
+                self._request_heard(member, event)
+
+    def lease_ids(self, member: Member) -> tuple[LeaseId, ...]:
+        leases = (life.lease_on(member) for life in self._lives.values())
+        return tuple(lease_id for lease_id in leases if lease_id is not None)
+
+    def _request_heard(self, member: Member, message: RequestMessage) -> None:
+        life = self._lives.get(message.request_id)
+        if life is not None:
+            self.loads.heard(member, message.request_id)
+            life.hear(member, message)
+        elif not isinstance(message, Nack) and not (isinstance(message, Tokens) and message.finish_reason):
+            # A sign of life of a request that has ended here: the first Cancel may have been lost.
+            self.send(member, Cancel(request_id=message.request_id, attempt=message.attempt))

@@ -1,0 +1,56 @@
+"""gRPC methods from a service's descriptor: requests parsed by us, errors answered with details.
+
+Owns the two things every public method shares. Parsing happens here and not in gRPC, which answers INTERNAL to a
+request that is not valid protobuf; a client that sends invalid UTF-8 gets INVALID_ARGUMENT naming the field instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
+
+from duopool.core.errors import DuopoolError
+from duopool.proto.public_codec import parse_request
+from duopool.proto.status import grpc_status
+
+log = logging.getLogger(__name__)
+
+Unary = Callable[[Any, Any], Awaitable[Any]]
+
+
+def service_handler(service: ServiceDescriptor, implementation: object) -> grpc.GenericRpcHandler:
+    """Handlers for all methods of `service`, taken by name from `implementation`.
+
+    A unary method is `async (request, context) -> response`; a streaming one writes to the context and returns None.
+    """
+    handlers = {method.name: _handler(method, getattr(implementation, method.name)) for method in service.methods}
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def _handler(method: MethodDescriptor, behaviour: Unary) -> grpc.RpcMethodHandler:
+    make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+    return make(
+        _guarded(method.input_type, behaviour),
+        request_deserializer=None,
+        response_serializer=lambda response: response.SerializeToString(),
+    )
+
+
+def _guarded(kind: Descriptor, behaviour: Unary) -> Unary:
+    async def call(data: bytes, context: Any) -> Any:
+        try:
+            return await behaviour(parse_request(data, kind), context)
+        except DuopoolError as error:
+            await context.abort_with_status(grpc_status(error))
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception:
+            log.exception("a call failed in a way that nobody planned for")
+            await context.abort_with_status(grpc_status(DuopoolError("internal error; the router's log has more")))
+
+    return call

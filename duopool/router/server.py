@@ -1,0 +1,120 @@
+"""The router's two gRPC servers: the public port for clients, an internal one for the supervisor.
+
+Owns how the parts are put together, health and shutdown; the parts own everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from duopool.core.config import RouterConfig
+from duopool.core.types import Role
+from duopool.proto import control_pb2_grpc, inference_pb2
+from duopool.router.admin_service import AdminService
+from duopool.router.control_service import COMMAND_TIMEOUT_S, ControlService
+from duopool.router.inference_service import InferenceService
+from duopool.router.pools import Pools
+from duopool.router.request_life import ROUTE_WAIT_S
+from duopool.router.rpc import service_handler
+from duopool.router.tokenizer import Tokenizer
+
+LOOPBACK = "127.0.0.1"
+NUM_TOKENIZER_THREADS = 2
+STOP_GRACE_S = 2.0
+_SERVICES = {name: inference_pb2.DESCRIPTOR.services_by_name[name] for name in ("Inference", "Admin")}
+
+
+class RouterServer:
+    """One router: `start`, then `stop`. `pools` takes the membership."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        tokenizer: Tokenizer,
+        *,
+        random: Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        route_wait_s: float = ROUTE_WAIT_S,
+        command_timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> None:
+        self._config = config
+        self.port = 0
+        self.internal_port = 0
+        self.pools = Pools(config, clock=clock)
+        self._executor = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._health = health.aio.HealthServicer()
+        self._health_task: asyncio.Task[None] | None = None
+        self._health_wake = asyncio.Event()
+        model_id = config.model.served_model_name or config.model.model
+        control = ControlService(self.pools, command_timeout_s=command_timeout_s)
+        inference = InferenceService(
+            config,
+            model_id=model_id,
+            tokenizer=tokenizer,
+            pools=self.pools,
+            executor=self._executor,
+            random=random or Random(),
+            clock=clock,
+            route_wait_s=route_wait_s,
+        )
+        admin = AdminService(config, model_id=model_id, pools=self.pools, control=control)
+        self._public = self._make_public(inference, admin)
+        self._internal = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        control_pb2_grpc.add_ControlServicer_to_server(control, self._internal)  # type: ignore[no-untyped-call]
+
+    async def start(self) -> None:
+        """Listen on both ports; OSError when the public one is taken."""
+        address = f"{self._config.host}:{self._config.port}"
+        try:
+            self.port = self._public.add_insecure_port(address)
+            self.internal_port = self._internal.add_insecure_port(f"{LOOPBACK}:0")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from error
+        self.pools.on_change = self._health_wake.set
+        self._health_wake.set()
+        self._health_task = asyncio.create_task(self._tell_health())
+        await self._internal.start()
+        await self._public.start()
+
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Take nothing new, let streams end for a while, then close everything."""
+        await self._health.enter_graceful_shutdown()
+        await self._public.stop(grace_s)
+        await self.pools.close()
+        await self._internal.stop(0)
+        if self._health_task is not None:
+            self._health_task.cancel()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _make_public(self, inference: InferenceService, admin: AdminService) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            options=(
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", self._config.max_message_bytes),
+            )
+        )
+        server.add_generic_rpc_handlers(
+            (service_handler(_SERVICES["Inference"], inference), service_handler(_SERVICES["Admin"], admin))
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = [service.full_name for service in _SERVICES.values()]
+        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    async def _tell_health(self) -> None:
+        """Serving means that at least one worker of each role takes requests."""
+        while True:
+            await self._health_wake.wait()
+            self._health_wake.clear()
+            serving = all(self.pools.num_ready(role) for role in Role)
+            status = health_pb2.HealthCheckResponse.ServingStatus
+            for name in ("", _SERVICES["Inference"].full_name):
+                await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)

@@ -1,0 +1,355 @@
+"""Fake workers that speak the real session wire, a tiny tokenizer, and a whole router in one process.
+
+The fake model is a function of the prefix alone, as the real one is: so what a stream must be can be computed, also
+after a worker is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from random import Random
+
+import grpc
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from duopool.core.config import HandoffConfig, ModelConfig, RouterConfig
+from duopool.core.messages import (
+    Accepted,
+    BlocksReady,
+    Cancel,
+    Command,
+    Event,
+    GenerationRequest,
+    Heartbeat,
+    Joined,
+    KvSnapshot,
+    LeaseRef,
+    Nack,
+    NackReason,
+    Prefill,
+    Rebind,
+    Reserve,
+    Reserved,
+    SealedBlock,
+    SnapshotWanted,
+    StepReport,
+    Tokens,
+    WorkerInfo,
+    WorkerLoad,
+)
+from duopool.core.types import BlockId, FinishReason, Incarnation, LeaseId, WorkerId
+from duopool.proto import codec
+from duopool.proto.inference_pb2_grpc import AdminStub, InferenceStub
+from duopool.router.server import RouterServer
+from duopool.router.tokenizer import Tokenizer as RouterTokenizer
+
+VOCAB_SIZE = 300
+BLOCK_SIZE = 4
+NUM_BLOCKS = 256
+MAX_MODEL_LEN = 512
+END_ID = 257
+TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte (ids 0..255 in byte order), and two special ones."""
+    alphabet = _byte_characters()
+    tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return tokenizer
+
+
+def router_tokenizer() -> RouterTokenizer:
+    return RouterTokenizer(byte_tokenizer(), chat_template=TEMPLATE, eos_token_ids=frozenset({END_ID}))
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's character for every byte."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(spare)) for byte in range(256)]
+
+
+def next_token(prefix: Sequence[int]) -> int:
+    """The fake model: any letter, decided by the whole prefix."""
+    digest = hashlib.blake2b(repr(tuple(prefix)).encode(), digest_size=2).digest()
+    return ord("a") + int.from_bytes(digest) % 26
+
+
+def expected_output(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    prefix = list(prompt)
+    for _ in range(num_tokens):
+        prefix.append(next_token(prefix))
+    return prefix[len(prompt) :]
+
+
+class FakeWorker:
+    """A worker of either role without a model; `step_s` is the time between two tokens."""
+
+    def __init__(self, worker_id: str, role: str, *, step_s: float = 0.0, tokens_per_step: int = 1) -> None:
+        self.worker_id = WorkerId(worker_id)
+        self.role = role
+        self.step_s = step_s
+        self.tokens_per_step = tokens_per_step
+        self.incarnation = Incarnation(Random(worker_id).getrandbits(63))
+        self.address = ""
+        self.commands: list[Command] = []
+        self.refuse: NackReason | None = None
+        self.mute = False
+        """Take commands, answer nothing (but heartbeats go on)."""
+        self.frozen = False
+        """Say nothing at all."""
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self._reserved: dict[tuple[str, int], GenerationRequest] = {}
+        self._num_steps = 0
+        self._sessions: list[asyncio.Queue[Event]] = []
+        self._server: grpc.aio.Server | None = None
+
+    @property
+    def info(self) -> WorkerInfo:
+        return WorkerInfo(
+            worker_id=self.worker_id,
+            role=self.role,
+            incarnation=self.incarnation,
+            address=self.address,
+            model="tiny",
+            model_digest="digest",
+            layout_digest="layout",
+            block_size=BLOCK_SIZE,
+            num_blocks=NUM_BLOCKS,
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=VOCAB_SIZE,
+        )
+
+    def received(self, kind: type) -> list:
+        return [command for command in self.commands if isinstance(command, kind)]
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server()
+        handler = grpc.stream_stream_rpc_method_handler(
+            self._session, request_deserializer=codec.decode_commands, response_serializer=codec.encode
+        )
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(codec.WORKER_SERVICE, {"Session": handler}),)
+        )
+        port = self._server.add_insecure_port(self.address or "127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        for task in list(self.running.values()):
+            task.cancel()
+        if self._server is not None:
+            await self._server.stop(0)
+            self._server = None
+
+    def say(self, event: Event) -> None:
+        if self.mute and not isinstance(event, WorkerLoad | KvSnapshot):
+            return
+        for queue in self._sessions:
+            queue.put_nowait(event)
+
+    async def _session(self, commands: AsyncIterator, context: grpc.aio.ServicerContext) -> AsyncIterator[StepReport]:
+        metadata = dict(context.invocation_metadata())
+        if metadata["incarnation"] != str(self.incarnation):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another incarnation")
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._sessions.append(queue)
+        queue.put_nowait(KvSnapshot(sequence=0, paths=()))
+        queue.put_nowait(self._load())
+        reader = asyncio.create_task(self._read(commands))
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    event = await asyncio.wait_for(queue.get(), 0.1)
+                    if not self.frozen:
+                        yield StepReport(events=(event, self._load()))
+                    continue
+                if not self.frozen:
+                    yield StepReport(events=(self._load(),))
+        finally:
+            self._sessions.remove(queue)
+            reader.cancel()
+            for task in list(self.running.values()):
+                task.cancel()
+
+    async def _read(self, commands: AsyncIterator) -> None:
+        with contextlib.suppress(asyncio.CancelledError, grpc.RpcError, Exception):
+            async for batch in commands:
+                for command in batch.commands:
+                    self.commands.append(command)
+                    self._handle(command)
+
+    def _load(self) -> WorkerLoad:
+        self._num_steps += 1
+        return WorkerLoad(
+            num_running=len(self.running),
+            num_blocks=NUM_BLOCKS,
+            num_free_blocks=NUM_BLOCKS,
+            num_steps=self._num_steps,
+        )
+
+    def _handle(self, command: Command) -> None:
+        match command:
+            case Prefill() | Reserve() if self.refuse is not None:
+                self.say(
+                    Nack(
+                        request_id=command.request.request_id,
+                        attempt=command.attempt,
+                        reason=self.refuse,
+                        detail="refused",
+                        retry_after_s=0.02,
+                    )
+                )
+            case Prefill(request=request, attempt=attempt):
+                self.say(Accepted(request_id=request.request_id, attempt=attempt, num_cached_tokens=0))
+                self._run(request, self._prefill(request, attempt))
+            case Reserve(request=request, attempt=attempt, local_prefill=local):
+                self.say(Reserved(request_id=request.request_id, attempt=attempt, num_cached_tokens=0))
+                self._reserved[request.request_id, attempt] = request
+                if local:
+                    self._run(request, self._decode(request, attempt, request.output_token_ids))
+            case BlocksReady(request_id=request_id, attempt=attempt, first_token=first) if first is not None:
+                request = self._reserved.get((request_id, attempt))
+                if request is not None:
+                    self._run(request, self._join(request, attempt, first))
+            case Cancel(request_id=request_id):
+                task = self.running.pop(request_id, None)
+                if task is not None:
+                    task.cancel()
+            case Rebind() | Heartbeat() | SnapshotWanted() | BlocksReady():
+                pass
+
+    def _run(self, request: GenerationRequest, work) -> None:
+        task = asyncio.create_task(work)
+        self.running[request.request_id] = task
+        task.add_done_callback(
+            lambda done: (
+                self.running.pop(request.request_id, None) if self.running.get(request.request_id) is done else None
+            )
+        )
+
+    async def _prefill(self, request: GenerationRequest, attempt: int) -> None:
+        await asyncio.sleep(self.step_s)
+        num_blocks = -(-len(request.token_ids) // BLOCK_SIZE)
+        lease = LeaseRef(
+            lease_id=LeaseId(hash((request.request_id, attempt)) % 2**63),
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            source_address=self.address,
+        )
+        token_id = next_token(request.token_ids)
+        index = len(request.output_token_ids)
+        is_last = index + 1 >= request.params.max_tokens
+        first = Tokens(
+            request_id=request.request_id,
+            attempt=attempt,
+            index=index,
+            token_ids=(token_id,),
+            finish_reason=FinishReason.LENGTH if is_last else None,
+        )
+        self.say(
+            BlocksReady(
+                request_id=request.request_id,
+                attempt=attempt,
+                lease=lease,
+                first_block=0,
+                blocks=tuple(SealedBlock(BlockId(n), 1, 0) for n in range(num_blocks)),
+                first_token=first,
+                queue_s=0.001,
+                prefill_s=0.002,
+            )
+        )
+
+    async def _join(self, request: GenerationRequest, attempt: int, first: Tokens) -> None:
+        self.say(
+            Joined(
+                request_id=request.request_id,
+                attempt=attempt,
+                num_pulled_blocks=3,
+                num_pulled_bytes=3000,
+                transfer_s=0.001,
+            )
+        )
+        await self._decode(request, attempt, (*request.output_token_ids, *first.token_ids))
+
+    async def _decode(self, request: GenerationRequest, attempt: int, output: Sequence[int]) -> None:
+        output = list(output)
+        while len(output) < request.params.max_tokens:
+            await asyncio.sleep(self.step_s)
+            new = []
+            while len(new) < self.tokens_per_step and len(output) + len(new) < request.params.max_tokens:
+                new.append(next_token([*request.prompt_token_ids, *output, *new]))
+            index = len(output)
+            output += new
+            is_last = len(output) >= request.params.max_tokens
+            self.say(
+                Tokens(
+                    request_id=request.request_id,
+                    attempt=attempt,
+                    index=index,
+                    token_ids=tuple(new),
+                    finish_reason=FinishReason.LENGTH if is_last else None,
+                )
+            )
+
+
+class FakeCluster:
+    """A router with fake workers; `async with` starts and stops all of it."""
+
+    def __init__(
+        self,
+        workers: Sequence[FakeWorker] | None = None,
+        *,
+        route_wait_s: float = 2.0,
+        **settings: object,
+    ) -> None:
+        self.workers = list(workers or (FakeWorker("prefill-0", "prefill"), FakeWorker("decode-0", "decode")))
+        settings.setdefault(
+            "handoff", HandoffConfig(heartbeat_s=0.1, progress_watchdog_s=0.6, local_prefill_max_tokens=0)
+        )
+        self.config = RouterConfig(model=ModelConfig(model="tiny"), port=0, block_size=BLOCK_SIZE, **settings)
+        self.router = RouterServer(
+            self.config, router_tokenizer(), random=Random(1), route_wait_s=route_wait_s, command_timeout_s=1.0
+        )
+
+    async def __aenter__(self) -> FakeCluster:
+        for worker in self.workers:
+            await worker.start()
+        await self.router.start()
+        self.tell_members()
+        self.channel = grpc.aio.insecure_channel(self.address)
+        self.inference = InferenceStub(self.channel)
+        self.admin = AdminStub(self.channel)
+        if self.workers:
+            await eventually(lambda: all(self.router.pools.num_ready(worker.role) for worker in self.workers))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.channel.close()
+        await self.router.stop(0.1)
+        for worker in self.workers:
+            await worker.stop()
+        assert self.router.pools.num_requests == 0
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.router.port}"
+
+    def tell_members(self) -> None:
+        self.router.pools.update([worker.info for worker in self.workers])
+
+
+async def eventually(condition, *, within_s: float = 10.0) -> None:
+    """Wait until `condition()` holds."""
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.005)
