@@ -148,46 +148,81 @@ DUOPOOL_INLINE void score_four(const float* query, int64_t query_stride, const T
         }
     }
     if (chunk < dim) {
+#pragma GCC unroll 4
         for (int key = 0; key < 4; ++key) {
             Floats a, b;
             load_partial_pair(keys[key] + chunk, dim - chunk, a, b);
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 sums[r][key] += load(query + r * query_stride + chunk) * a;
                 sums[r][key] += load(query + r * query_stride + chunk + WIDTH) * b;
             }
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         const Floats all = four_sums(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
         __builtin_memcpy(scores + r * KEY_TILE, &all, 4 * sizeof(float));
     }
 }
 
-// mixed[R] += weights[R][count] * values[count], one chunk of columns.
+// mixed[R] += weights[R][count] * values[count], PAIRS chunks of columns at once.
+template <int R, int PAIRS, bool WHOLE, class T>
+DUOPOOL_INLINE void mix_chunks(const float* weights, const T* const* values, int64_t count, int64_t dim, int64_t chunk,
+                               float* mixed, int64_t mixed_stride) {
+    Floats sums[R][2 * PAIRS];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int p = 0; p < PAIRS; ++p)
+            load_pair(mixed + r * mixed_stride + chunk + p * CHUNK, sums[r][2 * p], sums[r][2 * p + 1]);
+    }
+    for (int64_t key = 0; key < count; ++key) {
+#pragma GCC unroll 2
+        for (int p = 0; p < PAIRS; ++p) {
+            Floats a, b;
+            if (WHOLE)
+                load_pair(values[key] + chunk + p * CHUNK, a, b);
+            else
+                load_partial_pair(values[key] + chunk, dim - chunk, a, b);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const Floats weight = fill(weights[r * KEY_TILE + key]);
+                sums[r][2 * p] += weight * a;
+                sums[r][2 * p + 1] += weight * b;
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int p = 0; p < PAIRS; ++p)
+            store_pair(mixed + r * mixed_stride + chunk + p * CHUNK, sums[r][2 * p], sums[r][2 * p + 1]);
+    }
+}
+
 template <int R, class T>
 DUOPOOL_TARGET __attribute__((noinline)) void mix_values(const float* weights, const T* const* values, int64_t count,
                                                          int64_t dim, float* mixed, int64_t mixed_stride) {
-    for (int64_t chunk = 0; chunk < dim; chunk += CHUNK) {
-        Floats sums[R][2];
-        for (int r = 0; r < R; ++r) load_pair(mixed + r * mixed_stride + chunk, sums[r][0], sums[r][1]);
-        for (int64_t key = 0; key < count; ++key) {
-            Floats a, b;
-            load_chunk(values[key], dim, chunk, a, b);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const Floats weight = fill(weights[r * KEY_TILE + key]);
-                sums[r][0] += weight * a;
-                sums[r][1] += weight * b;
-            }
-        }
-        for (int r = 0; r < R; ++r) store_pair(mixed + r * mixed_stride + chunk, sums[r][0], sums[r][1]);
-    }
+    int64_t chunk = 0;
+    for (; chunk + 2 * CHUNK <= dim; chunk += 2 * CHUNK)
+        mix_chunks<R, 2, true>(weights, values, count, dim, chunk, mixed, mixed_stride);
+    for (; chunk + CHUNK <= dim; chunk += CHUNK)
+        mix_chunks<R, 1, true>(weights, values, count, dim, chunk, mixed, mixed_stride);
+    if (chunk < dim) mix_chunks<R, 1, false>(weights, values, count, dim, chunk, mixed, mixed_stride);
 }
 
 template <int R, class T>
 DUOPOOL_TARGET __attribute__((noinline)) void score_tile(const float* query, int64_t query_stride, const T* const* keys,
                                                          int64_t count, int64_t dim, float* scores) {
     for (int64_t key = 0; key < count; key += 4) score_four<R>(query, query_stride, keys + key, dim, scores + key);
+}
+
+// Ask for rows that are needed soon: pages are too short and too scattered for the hardware to guess the next one.
+template <class T>
+DUOPOOL_INLINE void prefetch(const T* const* rows, int64_t count, int64_t dim) {
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t at = 0; at < dim; at += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows[i] + at);
 }
 
 // Few rows: keys and values are read where they lie.
@@ -197,10 +232,19 @@ DUOPOOL_INLINE void attend_in_place(const AttentionCall& call, const Piece& piec
     const int64_t group = call.num_heads / call.num_kv_heads;
     const int64_t num_queries = call.query_starts[piece.request + 1] - call.query_starts[piece.request];
     const int64_t first_position = call.kv_lengths[piece.request] - num_queries;
-    const T *keys[KEY_TILE + 4], *values[KEY_TILE];
+    const T *slots[2][2][KEY_TILE + 4];  // this tile and the next one: keys, values
+    int64_t next_count = piece.last_key - piece.first_key < KEY_TILE ? piece.last_key - piece.first_key : KEY_TILE;
+    int now = 1;
+    find_slots(call, piece, piece.first_key, next_count, slots[0][0], slots[0][1]);
     for (int64_t tile = piece.first_key; tile < piece.last_key; tile += KEY_TILE) {
-        const int64_t count = piece.last_key - tile < KEY_TILE ? piece.last_key - tile : KEY_TILE;
-        find_slots(call, piece, tile, count, keys, values);
+        now = 1 - now;
+        const T **keys = slots[now][0], **values = slots[now][1];
+        const int64_t count = next_count, next = tile + KEY_TILE;
+        prefetch(values, count, call.value_dim);
+        if (next < piece.last_key) {
+            next_count = piece.last_key - next < KEY_TILE ? piece.last_key - next : KEY_TILE;
+            find_slots(call, piece, next, next_count, slots[1 - now][0], slots[1 - now][1]);
+        }
         for (int64_t i = count; i % 4; ++i) keys[i] = keys[count - 1];
         for (int64_t r = 0; r < rows;) {
             const float* query = work.query + r * key_dim;
@@ -223,13 +267,11 @@ DUOPOOL_INLINE void attend_in_place(const AttentionCall& call, const Piece& piec
             const float shrink = weigh(call, scores, first, last, count, sums.largest + r, sums.total + r);
             if (shrink != 1) shrink_row(sums.mixed + r * value_dim, value_dim, shrink);
         }
+        if (next < piece.last_key) prefetch(slots[1 - now][0], next_count, call.key_dim);
         for (int64_t r = 0; r < rows;) {
             const float* weights = work.scores + r * KEY_TILE;
             float* mixed = sums.mixed + r * value_dim;
-            if (rows - r >= 4) {
-                mix_values<4>(weights, values, count, call.value_dim, mixed, value_dim);
-                r += 4;
-            } else if (rows - r == 3) {
+            if (rows - r >= 3) {
                 mix_values<3>(weights, values, count, call.value_dim, mixed, value_dim);
                 r += 3;
             } else if (rows - r == 2) {
