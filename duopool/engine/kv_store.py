@@ -60,7 +60,7 @@ class KVStore:
             halves = []
             for dim in (shape.key_dim, shape.value_dim):
                 width = shape.num_kv_heads * size * dim
-                halves.append(self.pages[:, offset : offset + width].unflatten(1, (shape.num_kv_heads, size, dim)))
+                halves.append(self.pages[:, offset : offset + width].view(-1, shape.num_kv_heads, size, dim))
                 offset += width
             views.append((halves[0], halves[1]))
         return views

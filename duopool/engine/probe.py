@@ -1,7 +1,7 @@
 """The check at load that a model really runs through our attention, and says what it stores per token.
 
-Owns the verdict. A short ragged batch, in two steps and over scattered blocks, must call our function once per layer and
-give the logits of the same module under transformers' eager attention; otherwise the model is refused with the reason.
+Owns the verdict. A short ragged batch, in two steps and over scattered blocks, must call our function once per layer
+and give the logits of the same module under transformers' eager attention; otherwise the model is refused with the reason.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _paged_logits(model: LoadedModel, layout: KVLayout, prompts: list[list[int]]
         batch = build_forward_batch(StepPlan(chunks=tuple(chunks)), store)
         with torch.inference_mode(), forward_context(batch.context):
             logits = _logits(model.module, batch.input_ids, batch.position_ids)
-        parts = logits.split([len(chunk.token_ids) for chunk in chunks])
+        parts = torch.split(logits, [len(chunk.token_ids) for chunk in chunks])
         for row, part_logits in zip(rows, parts, strict=True):
             found[row].append(part_logits)
     return [torch.cat(parts) for parts in found]

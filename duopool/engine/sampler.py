@@ -1,8 +1,8 @@
 """Chooses the next token of each row of logits.
 
 Owns the order of the steps, which is vLLM's: raw log-probabilities aside, then minimum length, logit bias and penalties
-on the logits; greedy rows take the best; the others divide by the temperature, drop candidates (min-p, top-k, top-p) and
-take the best of logit plus Gumbel noise, which is a draw from the softmax. Everything is a pure function of a row's
+on the logits; greedy rows take the best; the others divide by the temperature, drop candidates (min-p, top-k, top-p)
+and take the best of logit plus Gumbel noise, which is a draw from the softmax. Everything is a pure function of a row's
 logits and its SampleSpec: no state, no generator.
 """
 

@@ -1,0 +1,107 @@
+"""Every family under paged attention gives what it gives under eager attention, however its tokens are cut up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import BYPASSING, FAMILIES, VOCAB_SIZE, make
+
+from duopool.core.config import CacheConfig
+from duopool.core.errors import UnsupportedModel
+from duopool.core.sampling_params import SamplingParams
+from duopool.core.step import Chunk, SampleSpec, StepPlan
+from duopool.core.types import BlockId, RequestId
+from duopool.engine.model_loader import adopt
+from duopool.engine.runner import ModelRunner
+
+LENGTHS = (31, 1, 9, 18)
+BLOCK_SIZE = 4
+SPEC = SampleSpec(params=SamplingParams(temperature=0, logprobs=0), prompt_token_ids=(), output_token_ids=())
+
+
+def eager_logprobs(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([p]), use_cache=False).logits[0].log_softmax(-1) for p in prompts]
+
+
+def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_prompt_logprobs_equal_eager_for_every_chunking(family: str) -> None:
+    model = make(FAMILIES[family]())
+    prompts = prompts_of(LENGTHS)
+    expected = eager_logprobs(model, prompts)
+    per_request = -(-max(LENGTHS) // BLOCK_SIZE)
+    runner = ModelRunner.from_model(
+        adopt(model), CacheConfig(block_size=BLOCK_SIZE, num_blocks=per_request * len(prompts))
+    )
+    tables = [[BlockId(row + len(prompts) * i) for i in range(per_request)] for row in range(len(prompts))]
+    for chunk_size in (1, 5, 64):
+        runner.store.pages.fill_(float("nan"))  # an unwritten slot must never be read
+        found: list[list[float]] = [[] for _ in prompts]
+        last: dict[str, tuple[int, float]] = {}
+        for start in range(0, max(LENGTHS), chunk_size):
+            chunks = []
+            for row, prompt in enumerate(prompts):
+                part = prompt[start : start + chunk_size]
+                if not part:
+                    continue
+                is_last = start + len(part) == len(prompt)
+                chunks.append(
+                    Chunk(
+                        request_id=RequestId(str(row)),
+                        token_ids=part,
+                        start=start,
+                        block_ids=tables[row],
+                        sample=SPEC if is_last else None,
+                        prompt_logprobs=0,
+                        next_token_id=None if is_last else prompt[start + len(part)],
+                    )
+                )
+            result = runner.execute(StepPlan(chunks=tuple(chunks)))
+            for request, entries in result.prompt_logprobs.items():
+                found[int(request)].extend(entry.logprob for entry in entries)
+            for request, token in result.tokens.items():
+                assert token.logprob is not None
+                last[request] = (token.token_id, token.logprob.logprob)
+        for row, prompt in enumerate(prompts):
+            wanted = expected[row][:-1].gather(1, torch.tensor(prompt[1:], dtype=torch.int64).unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(torch.tensor(found[row]), wanted, atol=2e-3, rtol=1e-3)
+            token_id, logprob = last[str(row)]
+            assert token_id == int(expected[row][-1].argmax())
+            assert logprob == pytest.approx(float(expected[row][-1].max()), abs=2e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3"])
+def test_bfloat16_passes_its_own_probe(family: str) -> None:
+    runner = ModelRunner.from_model(adopt(make(FAMILIES[family](), dtype=torch.bfloat16)), CacheConfig(num_blocks=4))
+    assert runner.store.layout.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", sorted(BYPASSING))
+def test_a_family_that_bypasses_our_attention_is_refused(family: str) -> None:
+    with pytest.raises(UnsupportedModel):
+        ModelRunner.from_model(adopt(make(BYPASSING[family]())), CacheConfig(num_blocks=4))
+
+
+def test_wrong_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe notices a kernel that forgets the window."""
+    from duopool.engine import attention
+
+    true = attention.ops.paged_attention
+    monkeypatch.setattr(attention.ops, "paged_attention", lambda *a, **k: true(*a, **{**k, "window": None}))
+    with pytest.raises(UnsupportedModel, match="differ from eager"):
+        ModelRunner.from_model(adopt(make(FAMILIES["mistral_window"]())), CacheConfig(num_blocks=4))
+
+
+def test_layout_comes_from_what_attention_sees() -> None:
+    """DeepSeek's keys are wider than its values, and no field of the configuration says either width."""
+    runner = ModelRunner.from_model(adopt(make(FAMILIES["deepseek_v3"]())), CacheConfig(num_blocks=4))
+    shapes = {(each.num_kv_heads, each.key_dim, each.value_dim) for each in runner.store.layout.layers}
+    assert shapes == {(4, 16, 12)}
