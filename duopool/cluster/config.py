@@ -1,0 +1,76 @@
+"""What one serving system consists of: pools, model, router, Ray. Validated once, by the command line or a test."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig, RouterConfig, SchedulerConfig, WorkerConfig
+from duopool.core.types import Role, WorkerId
+
+MAX_POOL_SIZE = 256
+
+
+class SupervisorConfig(BaseModel):
+    """Timers of the supervisor, in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tick_s: float = Field(default=0.1, gt=0)
+    ping_s: float = Field(default=0.5, gt=0)
+    ping_timeout_s: float = Field(default=15.0, gt=0)
+    """A worker that answers no ping for this long is replaced, even if its process still exists."""
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """Placing a worker, importing and loading the model may take this long."""
+    drain_timeout_s: float = Field(default=120.0, gt=0)
+    """A draining worker is stopped after this long even if it still holds requests."""
+    backoff_s: float = Field(default=0.5, gt=0)
+    """Wait before the first replacement; doubles with every failure up to `max_backoff_s`."""
+    max_backoff_s: float = Field(default=30.0, gt=0)
+    stable_s: float = Field(default=60.0, gt=0)
+    """A worker that was ready for this long starts with a clean record when it fails."""
+
+
+class ClusterConfig(BaseModel):
+    """One serving system."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefill: int = Field(default=1, ge=1, le=MAX_POOL_SIZE)
+    decode: int = Field(default=1, ge=1, le=MAX_POOL_SIZE)
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    handoff: HandoffConfig = HandoffConfig()
+    supervisor: SupervisorConfig = SupervisorConfig()
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65535)
+    ray_address: str | None = None
+    """Ray cluster to join; a private local one is started when None."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """Compute threads of each worker; as many as the driver may use when None."""
+    num_gpus_per_worker: float | None = Field(default=None, ge=0)
+    """Share of a GPU per worker; an even share of what Ray has when None."""
+
+    @property
+    def wanted(self) -> dict[Role, int]:
+        """Initial size of each pool."""
+        return {Role.PREFILL: self.prefill, Role.DECODE: self.decode}
+
+    def worker(self, worker_id: WorkerId, role: Role, *, host: str, num_threads: int) -> WorkerConfig:
+        """Configuration of one worker."""
+        return WorkerConfig(
+            role=role,
+            worker_id=worker_id,
+            model=self.model,
+            cache=self.cache,
+            scheduler=self.scheduler,
+            handoff=self.handoff,
+            host=host,
+            num_threads=num_threads,
+        )
+
+    def router(self) -> RouterConfig:
+        """Configuration of the router."""
+        return RouterConfig(
+            model=self.model, handoff=self.handoff, host=self.host, port=self.port, block_size=self.cache.block_size
+        )

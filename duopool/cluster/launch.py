@@ -1,0 +1,105 @@
+"""Starts a private local Ray or joins a running one, and takes back all that it started.
+
+Owns Ray's settings and the temporary folder; knows nothing of workers. A local Ray listens on the loopback address
+only, under a token that lives in this process's environment and in no file; its folder is closed to other users.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OBJECT_STORE_BYTES = 80 << 20
+"""Nothing large ever goes through Ray's object store; this is close to the least that Ray accepts."""
+NAMESPACE = "duopool"
+LOOPBACK = "127.0.0.1"
+_SOCKET_ROOM = 30
+"""Ray appends some 75 characters to its folder for unix sockets, whose paths end at 107."""
+
+# Ray reads these at import or at start.
+_LOCAL_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayCluster:
+    """A Ray that this process is a driver of."""
+
+    address: str
+    is_local: bool
+    num_cpus: float
+    num_gpus: float
+    folder: Path | None
+    """Of a local Ray: sockets and logs."""
+
+    def stop(self) -> None:
+        """Leave; a local Ray ends with all its processes and its folder goes. Safe to call twice."""
+        import ray
+
+        ray.shutdown()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def launch(address: str | None) -> RayCluster:
+    """Join the Ray at `address`, or start one on this machine if None."""
+    return _start_local() if address is None else _join(address)
+
+
+def available_cpus() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_local() -> RayCluster:
+    os.environ.update(_LOCAL_ENVIRONMENT)
+    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    root = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="duopool-", dir=root if len(root) <= _SOCKET_ROOM else "/tmp"))
+    try:
+        # Ray opens its own folder to everyone, so it gets one below ours.
+        return _init(
+            is_local=True,
+            folder=folder,
+            address="local",
+            _temp_dir=str(folder / "ray"),
+            _node_ip_address=LOOPBACK,
+            object_store_memory=OBJECT_STORE_BYTES,
+            num_cpus=available_cpus(),
+            include_dashboard=False,
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _join(address: str) -> RayCluster:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    return _init(is_local=False, folder=None, address=address)
+
+
+def _init(*, is_local: bool, folder: Path | None, **settings: Any) -> RayCluster:
+    import ray
+
+    context = ray.init(
+        namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **settings
+    )
+    resources = ray.cluster_resources()
+    return RayCluster(
+        address=context.address_info["address"],
+        is_local=is_local,
+        num_cpus=resources.get("CPU", 0.0),
+        num_gpus=resources.get("GPU", 0.0),
+        folder=folder,
+    )

@@ -1,0 +1,230 @@
+"""A whole serving system in one object: Ray, workers, router and the thread that looks after them.
+
+1. Ray is started or joined while the model's folder is prepared.
+2. The router process starts; the supervisor asks Ray for the workers; both load at the same time.
+3. The supervisor thread attaches to the router and keeps ticking: workers, router, operators' commands.
+4. `stop` takes everything down in the opposite order and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from duopool.cluster.config import ClusterConfig
+from duopool.cluster.launch import LOOPBACK, RayCluster, available_cpus, launch
+from duopool.cluster.membership import ClusterView
+from duopool.cluster.placement import actor_options, gpu_share
+from duopool.cluster.router_link import RouterLink
+from duopool.cluster.router_process import Listening, RouterProcess
+from duopool.cluster.supervisor import Supervisor
+from duopool.cluster.worker_process import RayWorkerProcess
+from duopool.core.errors import DuopoolError
+from duopool.core.types import Role, WorkerId
+from duopool.engine.model_source import resolve_model
+from duopool.proto import control_pb2
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[str, str], None]
+"""Called with a stage (`model`, `ray`, `workers`, `router`) and a line of text."""
+
+ROUTER_START_TIMEOUT_S = 120.0
+START_POLL_S = 0.05
+
+
+class StartFailed(DuopoolError):
+    """The system could not be started; nothing of it is left."""
+
+
+class System:
+    """Start with `System.start`; end with `stop`, or use it in a `with` block."""
+
+    def __init__(self, config: ClusterConfig, ray_cluster: RayCluster) -> None:
+        self._config = config
+        self._ray = ray_cluster
+        self._commands: queue.SimpleQueue[control_pb2.ClusterCommand] = queue.SimpleQueue()
+        self._router = RouterProcess(config.router())
+        self._link: RouterLink | None = None
+        self._listening: Listening | None = None
+        self._is_listening = threading.Event()
+        self._is_complete = threading.Event()
+        self._is_stopping = threading.Event()
+        self._fatal: Exception | None = None
+        self._supervisor = Supervisor(
+            config=config.supervisor, spawn=self._spawn, publish=self._publish, wanted=config.wanted
+        )
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+
+    @classmethod
+    def start(cls, config: ClusterConfig, *, report: Report = lambda stage, text: None) -> Self:
+        """Start everything and return once all workers and the router serve. Raises DuopoolError."""
+        report("model", f"preparing {config.model.model}")
+        config = _with_model_folder(config, report)
+        report("ray", "starting a local Ray" if config.ray_address is None else f"joining {config.ray_address}")
+        system = cls(config, launch(config.ray_address))
+        try:
+            report("workers", f"starting {config.prefill} prefill and {config.decode} decode workers")
+            system._thread.start()
+            system._wait(report)
+        except BaseException:
+            system.stop()
+            raise
+        return system
+
+    @property
+    def port(self) -> int:
+        """Port of the public gRPC service."""
+        assert self._listening is not None
+        return self._listening.port
+
+    @property
+    def address(self) -> str:
+        """host:port at which clients on this machine reach the router."""
+        host = self._config.host
+        return f"{LOOPBACK if host in ('0.0.0.0', '::', '') else host}:{self.port}"
+
+    @property
+    def router_pid(self) -> int:
+        """Process id of the router now."""
+        return self._router.pid
+
+    @property
+    def view(self) -> ClusterView:
+        """The membership as last published."""
+        return self._supervisor.view
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the system is stopped or its supervisor failed; False if the time passed first."""
+        return self._is_stopping.wait(timeout_s)
+
+    def stop(self) -> None:
+        """Take everything down. Safe to call twice."""
+        self._is_stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=60)
+        self._router.stop()
+        self._ray.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _wait(self, report: Report) -> None:
+        """Until all serve. The first worker that fails ends the start: its reason will hold for the next one too."""
+        reported: set[str] = set()
+        while not (self._is_complete.is_set() and self._is_listening.is_set()):
+            if self._fatal is not None:
+                raise self._fatal
+            if self._supervisor.num_failures > 0:
+                raise StartFailed(self._supervisor.last_error)
+            for info in self.view.members:
+                if info.worker_id not in reported:
+                    reported.add(info.worker_id)
+                    report("workers", f"{info.worker_id} ready, {info.num_blocks} blocks of {info.block_size} tokens")
+            if self._is_listening.is_set() and "router" not in reported:
+                reported.add("router")
+                report("router", f"listening on {self.address}")
+            time.sleep(START_POLL_S)
+
+    # ---- supervisor thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._router.launch()
+            self._supervisor.tick(time.monotonic())
+            self._attach()
+            while not self._is_stopping.wait(self._config.supervisor.tick_s):
+                self._tick(time.monotonic())
+        except Exception as error:
+            logger.exception("the supervisor failed")
+            self._fatal = error if isinstance(error, DuopoolError) else StartFailed(repr(error))
+            self._is_stopping.set()
+        finally:
+            self._end()
+
+    def _tick(self, now: float) -> None:
+        if self._router.has_ended:
+            logger.warning("the router ended; starting it again")
+            self._router.stop()
+            self._router.launch()
+            self._attach()
+        while not self._commands.empty():
+            self._execute(self._commands.get(), now)
+        self._supervisor.tick(now)
+        if self._supervisor.is_complete:
+            self._is_complete.set()
+
+    def _attach(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        self._listening = self._router.wait(timeout_s=ROUTER_START_TIMEOUT_S)
+        address = f"{LOOPBACK}:{self._listening.internal_port}"
+        self._link = RouterLink(address, self._supervisor.view, on_command=self._commands.put)
+        self._is_listening.set()
+
+    def _execute(self, command: control_pb2.ClusterCommand, now: float) -> None:
+        error = ""
+        try:
+            match command.WhichOneof("command"):
+                case "scale":
+                    self._supervisor.scale(dict(command.scale.pools))
+                case "drain":
+                    self._supervisor.drain(command.drain.worker_id, now)
+                case other:
+                    error = f"unknown command {other!r}"
+        except DuopoolError as problem:
+            error = str(problem)
+        if self._link is not None:
+            self._link.publish(self._supervisor.view)
+            self._link.answer(command.command_id, error)
+
+    def _end(self) -> None:
+        """Router first, so that no client sees its worker vanish under it."""
+        if self._link is not None:
+            self._link.close()
+        self._router.stop()
+        self._link = None
+        self._supervisor.stop_all()
+
+    def _publish(self, view: ClusterView) -> None:
+        if self._link is not None:
+            self._link.publish(view)
+
+    def _spawn(self, worker_id: WorkerId, role: Role) -> RayWorkerProcess:
+        import ray
+
+        num_threads = self._config.num_threads or available_cpus()
+        num_workers = self._config.prefill + self._config.decode
+        options = actor_options(
+            worker_id,
+            role,
+            ray.cluster_resources(),
+            num_threads=num_threads,
+            num_gpus=gpu_share(self._ray.num_gpus, num_workers, self._config.num_gpus_per_worker),
+        )
+        # A worker on another node must be reached from everywhere; its actor finds out its node's address.
+        host = LOOPBACK if self._ray.is_local else NODE_ADDRESS
+        return RayWorkerProcess(
+            self._config.worker(worker_id, role, host=host, num_threads=num_threads), options=options
+        )
+
+
+NODE_ADDRESS = "auto"
+"""Worker host that stands for the address by which its Ray node is known."""
+
+
+def _with_model_folder(config: ClusterConfig, report: Report) -> ClusterConfig:
+    """Prepare the model once, before workers do it at the same time, and fix the name it is served by."""
+    source = resolve_model(config.model.model, lambda text: report("model", text))
+    name = config.model.served_model_name or source.name
+    return config.model_copy(update={"model": config.model.model_copy(update={"served_model_name": name})})

@@ -1,0 +1,117 @@
+"""One incarnation of a worker: a Ray actor behind calls that return at once.
+
+Owns the actor handle and the answers under way. It decides nothing: timeouts, restarts and membership are the
+supervisor's. The supervisor's tests put a fake in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import psutil
+
+from duopool.core.config import WorkerConfig
+from duopool.core.messages import WorkerInfo
+from duopool.core.types import Role
+
+
+class ProcessGone(Exception):
+    """The worker's process ended, or its start failed; the text says why."""
+
+
+class WorkerProcess(Protocol):
+    """A started worker. No call waits; every call but `kill` may raise ProcessGone."""
+
+    def poll_start(self) -> WorkerInfo | None:
+        """The worker's registration once it listens; None before."""
+        ...
+
+    def ping(self) -> None:
+        """Ask whether it lives and is idle, unless a question is under way."""
+        ...
+
+    def poll_ping(self) -> bool | None:
+        """Whether it is idle, once per answer; None if there is no new answer."""
+        ...
+
+    def drain(self) -> None:
+        """Tell it to take nothing new."""
+        ...
+
+    def kill(self) -> None:
+        """End it now. Never raises."""
+        ...
+
+
+class RayWorkerProcess:
+    """A worker in a Ray actor that is never restarted by Ray."""
+
+    def __init__(self, config: WorkerConfig, *, options: Mapping[str, Any]) -> None:
+        import ray
+
+        self._ray = ray
+        self._actor = actor_class(config.role).options(**options).remote(config)
+        self._start: Any = self._actor.start.remote()
+        self._question: Any = None
+        self._process: psutil.Process | None = None
+
+    def poll_start(self) -> WorkerInfo | None:
+        info = self._answer(self._start)
+        if info is None:
+            return None
+        assert isinstance(info, WorkerInfo)
+        if info.node_id in ("", self._ray.get_runtime_context().get_node_id()):
+            with contextlib.suppress(psutil.Error):
+                self._process = psutil.Process(info.pid)
+        return info
+
+    def ping(self) -> None:
+        if self._question is None:
+            self._question = self._actor.is_idle.remote()
+
+    def poll_ping(self) -> bool | None:
+        if self._question is None:
+            return None
+        answer = self._answer(self._question)
+        if answer is None:
+            return None
+        self._question = None
+        return bool(answer)
+
+    def drain(self) -> None:
+        self._actor.drain.remote()
+
+    def kill(self) -> None:
+        with contextlib.suppress(Exception):
+            self._ray.kill(self._actor, no_restart=True)
+        # Ray's own kill waits for a process that is stopped or hangs in native code. psutil compares the time of birth,
+        # so that another process with the same number is safe.
+        if self._process is not None:
+            with contextlib.suppress(psutil.Error):
+                self._process.kill()
+
+    def _answer(self, reference: Any) -> Any:
+        """Result of a call, or None while it is under way."""
+        ready, _ = self._ray.wait([reference], timeout=0)
+        if not ready:
+            return None
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            cause = getattr(error, "cause", None) or error
+            raise ProcessGone(f"{type(cause).__name__}: {cause}") from error
+        except self._ray.exceptions.RayError as error:
+            raise ProcessGone(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+
+def actor_class(role: Role) -> Any:
+    """The Ray actor class of a role."""
+    if role is Role.PREFILL:
+        from duopool.prefill_worker.actor import PrefillActor
+
+        return PrefillActor
+    from duopool.decode_worker.actor import DecodeActor
+
+    return DecodeActor
