@@ -79,16 +79,20 @@ def paged_attention(
 
 def _cpu_for(*tensors: Tensor) -> CpuLibrary | None:
     """The compiled kernels, when they take these tensors: on the CPU, of one dtype they know, contiguous at the end."""
-    first = tensors[0]
-    fits = all(t.dtype == first.dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
-    return library() if fits and first.dtype in (torch.float32, torch.bfloat16) else None
+    dtype = tensors[0].dtype
+    if dtype is not torch.float32 and dtype is not torch.bfloat16:
+        return None
+    for tensor in tensors:
+        if tensor.dtype is not dtype or not tensor.is_cpu or tensor.stride(-1) != 1:
+            return None
+    return library()
 
 
 def _attention_for(q_THD: Tensor, key_cache_NGSD: Tensor, value_cache_NGSE: Tensor) -> Callable[..., Tensor]:
-    if q_THD.device.type == "cuda":
-        from duopool.kernels.paged_attention import triton_kernel
+    if q_THD.is_cuda:
+        from duopool.kernels.paged_attention.triton_kernel import paged_attention as on_cuda
 
-        return triton_kernel.paged_attention
+        return on_cuda
     cpu = _cpu_for(q_THD, key_cache_NGSD, value_cache_NGSE)
     return attention_fallback.paged_attention if cpu is None else partial(attention_cpu.paged_attention, cpu)
 
@@ -115,7 +119,7 @@ def _check_attention(
         raise ValueError(
             f"{requests} kv_lengths, {block_tables_BM.shape[0]} block tables, {query_starts.shape[0]} query_starts"
         )
-    if any(t.dtype != torch.int32 for t in (block_tables_BM, query_starts, kv_lengths)):
+    if not (block_tables_BM.dtype is query_starts.dtype is kv_lengths.dtype is torch.int32):
         raise ValueError("block_tables, query_starts and kv_lengths must be int32")
     if requests and block_tables_BM.stride(1) != 1 and block_tables_BM.shape[1] > 1:
         raise ValueError("a block table must be contiguous")
@@ -133,10 +137,10 @@ def _check_attention(
 def write_kv(key_TGD: Tensor, value_TGE: Tensor, key_cache: Tensor, value_cache: Tensor, slots_T: Tensor) -> None:
     """Put token t's key and value at `slots_T[t]` (int64: `block_id * S + offset`; negative: nowhere)."""
     _check_write(key_TGD, value_TGE, key_cache, value_cache, slots_T)
-    if key_cache.device.type == "cuda":
-        from duopool.kernels.write_kv import triton_kernel
+    if key_cache.is_cuda:
+        from duopool.kernels.write_kv.triton_kernel import write_kv as on_cuda
 
-        triton_kernel.write_kv(key_TGD, value_TGE, key_cache, value_cache, slots_T)
+        on_cuda(key_TGD, value_TGE, key_cache, value_cache, slots_T)
     elif (cpu := _cpu_for(key_TGD, value_TGE, key_cache, value_cache)) is not None:
         write_kv_cpu.write_kv(cpu, key_TGD, value_TGE, key_cache, value_cache, slots_T)
     else:
@@ -162,11 +166,11 @@ def copy_blocks(pages_NX: Tensor, sources: Tensor, targets: Tensor) -> None:
     """Copy page `sources[i]` onto page `targets[i]` (int64 [n]). A target is named once and is no source."""
     if sources.dtype != torch.int64 or targets.dtype != torch.int64 or sources.shape != targets.shape:
         raise ValueError(f"sources and targets must be int64 of one length, not {sources.shape} and {targets.shape}")
-    if pages_NX.device.type == "cuda":
-        from duopool.kernels.copy_blocks import triton_kernel
+    if pages_NX.is_cuda:
+        from duopool.kernels.copy_blocks.triton_kernel import copy_blocks as on_cuda
 
-        triton_kernel.copy_blocks(pages_NX, sources, targets)
-    elif (cpu := library()) is not None and pages_NX.device.type == "cpu" and pages_NX.stride(1) == 1:
+        on_cuda(pages_NX, sources, targets)
+    elif (cpu := library()) is not None and pages_NX.is_cpu and pages_NX.stride(1) == 1:
         copy_blocks_cpu.copy_blocks(cpu, pages_NX, sources, targets)
     else:
         copy_blocks_reference.copy_blocks(pages_NX, sources, targets)
