@@ -449,8 +449,8 @@ class DecodeWorker:
 
     def _load(self) -> WorkerLoad:
         return WorkerLoad(
-            num_waiting=len(self._scheduler.waiting),
-            num_running=len(self._scheduler.running) + len(self._scheduler.pulling),
+            num_waiting=len(self._scheduler.waiting) + len(self._scheduler.pulling),
+            num_running=len(self._scheduler.running),
             num_pending_tokens=self._scheduler.num_pending_tokens,
             num_blocks=self._manager.num_blocks,
             num_free_blocks=self._manager.num_free,

@@ -1,0 +1,72 @@
+"""Runs a worker's steps on a thread of their own: step while there is work, else wait to be woken; timers in between.
+
+Owns the thread and its clock. A failing step is fatal: what the worker has to say about it is flushed, then the owner
+of the process is told.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from duopool.core.worker import Worker
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+
+
+class StepLoop:
+    """`start`, `wake` whenever there may be work, `stop`."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        flush: Callable[[], None],
+        on_fatal: Callable[[Exception], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`flush` sends the worker's events on their way; `on_fatal` hears why the loop has ended by itself."""
+        self._worker = worker
+        self._flush = flush
+        self._on_fatal = on_fatal
+        self._clock = clock
+        self._awake = threading.Event()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="duopool-steps", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There may be something to do. Any thread; never waits."""
+        self._awake.set()
+
+    def stop(self, *, timeout_s: float = 10.0) -> None:
+        """End after the step that runs now."""
+        self._is_stopping = True
+        self.wake()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        next_tick = self._clock()
+        while not self._is_stopping:
+            self._awake.clear()
+            now = self._clock()
+            try:
+                if now >= next_tick:
+                    self._worker.tick(now=now)
+                    next_tick = now + TICK_S
+                has_run = self._worker.step(now=now)
+            except Exception as error:
+                log.exception("a step failed")
+                self._flush()
+                self._on_fatal(error)
+                return
+            self._flush()
+            if not has_run:
+                self._awake.wait(max(0.0, next_tick - self._clock()))

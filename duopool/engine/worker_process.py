@@ -1,0 +1,190 @@
+"""The common shell of both workers: model, server, step loop and their start and end in one process.
+
+Owns no decisions and no request state: a role's `assemble` builds its worker, everything else is the same. gRPC is
+imported when the process starts, not with this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from duopool.core.config import WorkerConfig
+from duopool.core.kv_manager import KVCacheManager
+from duopool.core.messages import WorkerInfo
+from duopool.core.types import Incarnation, WorkerId
+from duopool.core.worker import Worker
+from duopool.engine.model_digest import model_digest
+from duopool.engine.model_source import resolve_model
+from duopool.engine.runner import ModelRunner
+from duopool.engine.served_model import ServedModel
+from duopool.engine.step_loop import StepLoop
+
+if TYPE_CHECKING:
+    from duopool.proto.server_thread import ServerThread
+
+log = logging.getLogger(__name__)
+
+FATAL_FLUSH_S = 0.3
+"""A dying process waits this long for its last words to reach the routers."""
+
+
+class ManagedWorker(Worker, Protocol):
+    """A worker that the shell can wire up and drain."""
+
+    on_change: Callable[[], None]
+
+    def drain(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerParts:
+    """What a role's worker is assembled from."""
+
+    config: WorkerConfig
+    incarnation: Incarnation
+    address: str
+    """host:port that the process listens on."""
+    runner: ModelRunner
+    manager: KVCacheManager
+    model: ServedModel
+    clock: Callable[[], float]
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return WorkerId(self.config.worker_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """A role's worker and what belongs to it."""
+
+    worker: ManagedWorker
+    add_services: Callable[[Any], None]
+    """Registers the role's own services on the gRPC server, on its event loop."""
+    close: Callable[[], None]
+    """Gives back what was opened; called after the last step."""
+
+
+class WorkerProcess:
+    """`start`, serve until `stop`. A fatal engine error ends the whole operating-system process."""
+
+    def __init__(self, config: WorkerConfig, assemble: Callable[[WorkerParts], Assembly]) -> None:
+        self._config = config
+        self._assemble = assemble
+        self._incarnation = Incarnation(secrets.randbits(63))
+        self._clock = time.monotonic
+        self._server: ServerThread | None = None
+        self._assembly: Assembly | None = None
+        self._steps: StepLoop | None = None
+        self._info: WorkerInfo | None = None
+        self._is_draining = False
+
+    def start(self) -> WorkerInfo:
+        """Load the model, listen, and begin to step; returns the registration. Takes seconds to minutes."""
+        from duopool.proto.server_thread import ServerThread
+        from duopool.proto.worker_service import WorkerService
+
+        config = self._config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        source = resolve_model(config.model.model)
+        runner = ModelRunner.load(config.model, config.cache, progress=log.info)
+        runner.warm_up()
+        digest = model_digest(source.folder, dtype=str(runner.store.layout.dtype))
+        self._server = ServerThread()
+        address = self._server.listen(config.host)
+        manager = KVCacheManager(
+            num_blocks=runner.num_blocks, block_size=config.cache.block_size, namespace=digest.encode()
+        )
+        model = ServedModel(
+            vocab_size=runner.vocab_size, max_model_len=runner.max_model_len, eos_token_ids=runner.eos_token_ids
+        )
+        parts = WorkerParts(
+            config=config,
+            incarnation=self._incarnation,
+            address=address,
+            runner=runner,
+            manager=manager,
+            model=model,
+            clock=self._clock,
+        )
+        assembly = self._assembly = self._assemble(parts)
+        steps = self._steps = StepLoop(assembly.worker, flush=lambda: service.flush(), on_fatal=_die, clock=self._clock)
+        service = WorkerService(
+            assembly.worker,
+            incarnation=self._incarnation,
+            heartbeat_s=config.handoff.heartbeat_s,
+            on_commands=steps.wake,
+            clock=self._clock,
+        )
+
+        def on_change() -> None:
+            service.flush()
+            steps.wake()
+
+        def add_services(server: Any) -> None:
+            service.add_to(server)
+            assembly.add_services(server)
+
+        assembly.worker.on_change = on_change
+        self._server.serve(add_services, service.beat)
+        steps.start()
+        self._info = WorkerInfo(
+            worker_id=parts.worker_id,
+            role=config.role.value,
+            incarnation=self._incarnation,
+            address=address,
+            model=config.model.served_model_name or config.model.model,
+            model_digest=digest,
+            layout_digest=runner.store.digest,
+            block_size=config.cache.block_size,
+            num_blocks=runner.num_blocks,
+            max_model_len=runner.max_model_len,
+            vocab_size=runner.vocab_size,
+            pid=os.getpid(),
+        )
+        return self._info
+
+    def info(self) -> WorkerInfo | None:
+        """The registration; None before `start` has ended."""
+        return self._info
+
+    def drain(self) -> None:
+        """Take nothing new; what is here is finished."""
+        if self._assembly is not None:
+            self._assembly.worker.drain()
+
+    def is_idle(self) -> bool:
+        """True if the worker may end without anyone noticing."""
+        return self._assembly is None or self._assembly.worker.is_idle
+
+    def check(self) -> None:
+        """Prove the worker's invariants; raise AssertionError naming what is wrong."""
+        if self._assembly is not None:
+            self._assembly.worker.check()
+
+    def stop(self) -> None:
+        """End steps, streams and reads, in this order. Safe to call twice."""
+        if self._steps is not None:
+            self._steps.stop()
+        if self._server is not None:
+            self._server.stop()
+        if self._assembly is not None:
+            self._assembly.close()
+            self._assembly = None
+
+
+def _die(error: Exception) -> None:
+    """Fail-stop: after a failed step nothing about the pages is certain any more."""
+    time.sleep(FATAL_FLUSH_S)
+    log.critical("the engine failed, the process ends: %s", error)
+    logging.shutdown()
+    os._exit(1)
