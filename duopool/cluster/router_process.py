@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import select
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from duopool.core.errors import DuopoolError
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 10.0
+_INFO = re.compile(r" (INFO|DEBUG) ")
 
 
 class RouterFailed(DuopoolError):
@@ -106,12 +108,12 @@ class RouterProcess:
                 stream.close()
 
     def _forward_errors(self, child: subprocess.Popen[str]) -> None:
-        """Pass the child's stderr on; keep the end of it for RouterFailed."""
+        """Pass the child's stderr on as log lines; keep the end of it for RouterFailed."""
         assert child.stderr is not None
         try:
             for line in child.stderr:
                 self._last_lines = [*self._last_lines[-20:], line.rstrip()]
-                sys.stderr.write(line)
+                logger.log(logging.INFO if _INFO.search(line) else logging.WARNING, "router: %s", line.rstrip())
         except ValueError:
             return  # closed by stop()
 

@@ -24,6 +24,7 @@ from duopool.cluster.router_link import RouterLink
 from duopool.cluster.router_process import Listening, RouterProcess
 from duopool.cluster.supervisor import Supervisor
 from duopool.cluster.worker_process import RayWorkerProcess
+from duopool.core.config import ModelConfig
 from duopool.core.errors import DuopoolError
 from duopool.core.types import Role, WorkerId
 from duopool.engine.model_source import resolve_model
@@ -45,8 +46,9 @@ class StartFailed(DuopoolError):
 class System:
     """Start with `System.start`; end with `stop`, or use it in a `with` block."""
 
-    def __init__(self, config: ClusterConfig, ray_cluster: RayCluster) -> None:
+    def __init__(self, config: ClusterConfig, ray_cluster: RayCluster, *, asked_model: ModelConfig) -> None:
         self._config = config
+        self._worker_model = config.model if ray_cluster.is_local else asked_model
         self._ray = ray_cluster
         self._commands: queue.SimpleQueue[control_pb2.ClusterCommand] = queue.SimpleQueue()
         self._router = RouterProcess(config.router())
@@ -56,6 +58,7 @@ class System:
         self._is_complete = threading.Event()
         self._is_stopping = threading.Event()
         self._fatal: Exception | None = None
+        self._view = ClusterView(members=(), wanted=config.wanted)
         self._supervisor = Supervisor(
             config=config.supervisor, spawn=self._spawn, publish=self._publish, wanted=config.wanted
         )
@@ -65,9 +68,12 @@ class System:
     def start(cls, config: ClusterConfig, *, report: Report = lambda stage, text: None) -> Self:
         """Start everything and return once all workers and the router serve. Raises DuopoolError."""
         report("model", f"preparing {config.model.model}")
+        asked_model = config.model
         config = _with_model_folder(config, report)
+        # Folders of this machine mean nothing on other nodes; workers there look the model up by its name.
+        asked_model = asked_model.model_copy(update={"served_model_name": config.model.served_model_name})
         report("ray", "starting a local Ray" if config.ray_address is None else f"joining {config.ray_address}")
-        system = cls(config, launch(config.ray_address))
+        system = cls(config, launch(config.ray_address), asked_model=asked_model)
         try:
             report("workers", f"starting {config.prefill} prefill and {config.decode} decode workers")
             system._thread.start()
@@ -97,7 +103,7 @@ class System:
     @property
     def view(self) -> ClusterView:
         """The membership as last published."""
-        return self._supervisor.view
+        return self._view
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the system is stopped or its supervisor failed; False if the time passed first."""
@@ -197,6 +203,7 @@ class System:
         self._supervisor.stop_all()
 
     def _publish(self, view: ClusterView) -> None:
+        self._view = view
         if self._link is not None:
             self._link.publish(view)
 
@@ -214,9 +221,8 @@ class System:
         )
         # A worker on another node must be reached from everywhere; its actor finds out its node's address.
         host = LOOPBACK if self._ray.is_local else NODE_ADDRESS
-        return RayWorkerProcess(
-            self._config.worker(worker_id, role, host=host, num_threads=num_threads), options=options
-        )
+        worker = self._config.worker(worker_id, role, host=host, num_threads=num_threads)
+        return RayWorkerProcess(worker.model_copy(update={"model": self._worker_model}), options=options)
 
 
 NODE_ADDRESS = "auto"
@@ -227,4 +233,5 @@ def _with_model_folder(config: ClusterConfig, report: Report) -> ClusterConfig:
     """Prepare the model once, before workers do it at the same time, and fix the name it is served by."""
     source = resolve_model(config.model.model, lambda text: report("model", text))
     name = config.model.served_model_name or source.name
-    return config.model_copy(update={"model": config.model.model_copy(update={"served_model_name": name})})
+    model = config.model.model_copy(update={"model": str(source.folder), "served_model_name": name})
+    return config.model_copy(update={"model": model})

@@ -1,0 +1,121 @@
+"""`duopool serve`: start a system and keep it until a signal comes."""
+
+from __future__ import annotations
+
+import signal
+from enum import StrEnum
+from types import FrameType
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from duopool.cluster.config import ClusterConfig
+from duopool.cluster.system import System
+from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, clear_errors, err, out, progress, set_up_logging
+from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig, SchedulerConfig
+
+
+class DType(StrEnum):
+    """Number format of weights, activations and KV."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class TransportChoice(StrEnum):
+    """How KV blocks travel."""
+
+    auto = "auto"
+    nixl = "nixl"
+    grpc = "grpc"
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option(help="'smollm2' (embedded), a Hugging Face folder, a hub name or a .gguf file.")
+    ] = "smollm2",
+    served_model_name: Annotated[str | None, typer.Option(help="Name clients use; --model when not given.")] = None,
+    prefill: Annotated[int, typer.Option(min=1, help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    host: Annotated[str, typer.Option(help="Address the router listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router; 0 lets the system choose.")] = 50051,
+    dtype: Annotated[DType, typer.Option(help="Number format of weights, activations and KV.")] = DType.auto,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt plus output in tokens; the model's limit if not given.")
+    ] = None,
+    block_size: Annotated[int, typer.Option(min=1, max=256, help="Tokens per KV block.")] = 16,
+    num_blocks: Annotated[
+        int | None, typer.Option(min=1, help="KV blocks per worker; sized from --kv-cache-memory-bytes if not given.")
+    ] = None,
+    kv_cache_memory_bytes: Annotated[int, typer.Option(min=1 << 20, help="KV memory per worker in bytes.")] = 1 << 30,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Token budget of a step: the chunk size of a long prompt.")
+    ] = 512,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests in one step of a worker.")] = 64,
+    transport: Annotated[
+        TransportChoice, typer.Option(help="How KV blocks travel; auto takes nixl where it imports.")
+    ] = TransportChoice.auto,
+    num_threads: Annotated[
+        int | None, typer.Option(min=1, help="Compute threads per worker; all cores if not given.")
+    ] = None,
+    num_gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="Share of a GPU per worker; an even share of Ray's if not given.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; a private one is started here if not given.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what supervisor and router do.")] = False,
+) -> None:
+    """Start Ray, the workers of both pools and the router; serve until Ctrl-C or SIGTERM."""
+    set_up_logging(verbose=verbose)
+    try:
+        config = ClusterConfig(
+            prefill=prefill,
+            decode=decode,
+            model=ModelConfig(
+                model=model, served_model_name=served_model_name, dtype=dtype.value, max_model_len=max_model_len
+            ),
+            cache=CacheConfig(
+                block_size=block_size, num_blocks=num_blocks, kv_cache_memory_bytes=kv_cache_memory_bytes
+            ),
+            scheduler=SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs),
+            handoff=HandoffConfig(transport=transport.value),
+            host=host,
+            port=port,
+            ray_address=ray_address,
+            num_threads=num_threads,
+            num_gpus_per_worker=num_gpus_per_worker,
+        )
+    except ValidationError as error:
+        for problem in error.errors():
+            err.print(f"[red]error:[/red] {'.'.join(map(str, problem['loc']))}: {problem['msg']}", highlight=False)
+        raise typer.Exit(EXIT_USAGE) from error
+    signal.signal(signal.SIGTERM, _interrupt)
+    with clear_errors():
+        _run(config)
+
+
+def _run(config: ClusterConfig) -> None:
+    system: System | None = None
+    try:
+        with progress() as report:
+            system = System.start(config, report=report)
+        # Ray sets a handler of its own when it starts.
+        signal.signal(signal.SIGTERM, _interrupt)
+        out.print(f"serving {config.model.model} on {system.address} (Ctrl-C stops)", highlight=False)
+        system.wait()
+        err.print("[red]error:[/red] the supervisor failed; see above", highlight=False)
+        raise typer.Exit(EXIT_FAILED)
+    except KeyboardInterrupt:
+        err.print("stopping", highlight=False)
+    finally:
+        if system is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            system.stop()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
