@@ -209,4 +209,4 @@ def linear(x_TK: Tensor, weight: PackedWeight | Tensor, bias: Tensor | None = No
         raise ValueError(f"bias is {tuple(bias.shape)} {bias.dtype}, not [{weight.out_features}] {x_TK.dtype}")
     if x_TK.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"x is {x_TK.dtype}, not float32 or bfloat16")
-    return linear_cpu.linear(x_TK, weight, bias)
+    return linear_cpu.linear(library(), x_TK, weight, bias)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from duopool.kernels.cpu_library import CpuLibrary, library, num_threads
+from duopool.kernels.cpu_library import CpuLibrary, num_threads
 from duopool.kernels.linear.packed_weight import PackedWeight
 
 FEW_ROWS = 8
@@ -42,10 +42,9 @@ def pack(weight: Tensor, rows: int, cpu: CpuLibrary) -> PackedWeight:
     )
 
 
-def linear(x_TK: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """See `duopool.kernels.ops.linear`; x is on the CPU."""
+def linear(cpu: CpuLibrary | None, x_TK: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """See `duopool.kernels.ops.linear`; x is on the CPU, and `cpu` is what the weight was packed for."""
     rows = x_TK.shape[0]
-    cpu = library()
     if weight.panels is None or cpu is None or rows > weight.most_rows:
         if weight.original is None:
             raise ValueError("a weight without its original needs the compiled kernels")

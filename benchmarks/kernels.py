@@ -1,0 +1,127 @@
+"""Our CPU kernels beside torch's own operators, by median time: `python benchmarks/kernels.py [attention] [linear]`.
+
+Both sides take turns, so that a busy machine slows both. Shapes are those of SmolLM2-135M (9 query heads, 3 KV heads,
+head dim 64, hidden size 576) in bfloat16. Weights and pages are cycled through, so that they come from memory.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count, cycle
+
+import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from duopool.kernels import ops
+from duopool.kernels.cpu_library import library
+
+HEADS, KV_HEADS, DIM, BLOCK = 9, 3, 64, 16
+
+
+def compare(
+    name: str, ours: Callable[[], object], theirs: Callable[[], object], flops: float, num_bytes: float
+) -> None:
+    """Print medians of alternating calls."""
+    times: tuple[list[float], list[float]] = ([], [])
+    started = time.perf_counter()
+    ours()
+    theirs()
+    while len(times[0]) < 5 or (time.perf_counter() - started < 1.0 and len(times[0]) < 200):
+        for side, call in ((0, ours), (1, theirs)):
+            before = time.perf_counter()
+            call()
+            times[side].append(time.perf_counter() - before)
+    mine, other = statistics.median(times[0]), statistics.median(times[1])
+    print(
+        f"{name:<42}{mine * 1e6:>10.0f} us{flops / mine / 1e9:>8.1f} GFLOP/s{num_bytes / mine / 1e9:>7.1f} GB/s"
+        f"{other * 1e6:>11.0f} us torch{other / mine:>8.2f} x",
+        flush=True,
+    )
+
+
+def bench_linear(dtype: torch.dtype) -> None:
+    for out_features, in_features in ((576, 576), (1536, 576), (576, 1536), (49152, 576)):
+        num_bytes = out_features * in_features * dtype.itemsize
+        weights = [torch.randn(out_features, in_features).to(dtype) for _ in range(max(1, int(1e8 / num_bytes)))]
+        packed = [ops.pack_weight(weight) for weight in weights]
+        for rows in (1, 8, 32, 256, 512):
+            if rows * out_features > 4_000_000:
+                continue
+            x = torch.randn(rows, in_features).to(dtype)
+            compare(
+                f"linear {str(dtype)[6:]} {rows} x {in_features} -> {out_features}",
+                partial(_each_in_turn, ops.linear, x, cycle(packed)),
+                partial(_each_in_turn, linear, x, cycle(weights)),
+                2.0 * rows * in_features * out_features,
+                num_bytes,
+            )
+
+
+def _each_in_turn(call: Callable[..., object], x: torch.Tensor, weights: Iterator[object]) -> object:
+    return call(x, next(weights))
+
+
+def bench_attention(dtype: torch.dtype, requests: int, queries: int, context: int) -> None:
+    """Torch's side gathers the pages and calls its fused attention, as an eager paged model would."""
+    layers, blocks = 8, context // BLOCK
+    pages = torch.randn(requests * blocks, layers, 2, KV_HEADS, BLOCK, DIM).to(dtype)
+    tables = torch.randperm(requests * blocks).view(requests, blocks).int()
+    query = torch.randn(1, HEADS, requests * queries, DIM).to(dtype)
+    starts = torch.arange(0, requests * queries + 1, queries, dtype=torch.int32)
+    lengths = torch.full((requests,), context, dtype=torch.int32)
+    position = torch.arange(context - queries, context)[:, None]
+    mask = None if queries == 1 else torch.arange(context)[None] <= position
+    mine, other = count(), count()
+
+    def ours() -> object:
+        layer = next(mine) % layers
+        flat = query[0].transpose(0, 1)
+        return ops.paged_attention(
+            flat, pages[:, layer, 0], pages[:, layer, 1], tables, starts, lengths, scale=DIM**-0.5
+        )
+
+    def theirs() -> object:
+        layer = next(other) % layers
+        rows = query.view(HEADS, requests, queries, DIM).transpose(0, 1)
+        key, value = (
+            pages[:, layer, side][tables.long()].transpose(1, 2).reshape(requests, KV_HEADS, context, DIM)
+            for side in (0, 1)
+        )
+        return scaled_dot_product_attention(rows, key, value, mask, scale=DIM**-0.5, enable_gqa=True)
+
+    seen = context - (queries - 1) / 2
+    compare(
+        f"attention {str(dtype)[6:]} {requests} x {queries} at {context}",
+        ours,
+        theirs,
+        4.0 * requests * queries * seen * HEADS * DIM,
+        2.0 * requests * context * KV_HEADS * DIM * dtype.itemsize,
+    )
+
+
+def main() -> None:
+    """Run the parts named on the command line, or all."""
+    torch.manual_seed(0)
+    parts = sys.argv[1:] or ["attention", "linear"]
+    cpu = library()
+    print(f"{cpu.isa.name.lower() if cpu else 'torch only'}, {torch.get_num_threads()} threads")
+    for dtype in (torch.bfloat16, torch.float32):
+        if "attention" in parts:
+            for requests, queries, context in (
+                (32, 1, 256),
+                (32, 1, 1024),
+                (1, 1, 4096),
+                (1, 512, 512),
+                (4, 128, 1024),
+            ):
+                bench_attention(dtype, requests, queries, context)
+        if "linear" in parts:
+            bench_linear(dtype)
+
+
+if __name__ == "__main__":
+    main()
