@@ -1,7 +1,8 @@
 """The check at load that a model really runs through our attention, and says what it stores per token.
 
 Owns the verdict. A short ragged batch, in two steps and over scattered blocks, must call our function once per layer
-and give the logits of the same module under transformers' eager attention; otherwise the model is refused with the reason.
+and give the logits of the same module under transformers' eager attention, taken before any of its modules is replaced;
+otherwise the model is refused with the reason.
 """
 
 from __future__ import annotations
@@ -44,11 +45,14 @@ def find_layout(model: LoadedModel, block_size: int) -> KVLayout:
     return KVLayout(layers=tuple(call.shape for call in seen), block_size=block_size, dtype=seen[0].dtype)
 
 
-def check_parity(model: LoadedModel, layout: KVLayout) -> None:
-    """Compare a ragged, chunked run over scattered blocks with eager attention; raise UnsupportedModel."""
-    prompts = _prompts(model)
-    expected = [_eager_logits(model, prompt) for prompt in prompts]
-    found = _paged_logits(model, layout, prompts)
+def eager_logits(model: LoadedModel) -> list[Tensor]:
+    """What transformers' own attention gives for the probe's prompts: float32 [n, V] each. Call before overlays."""
+    return [_eager_logits(model, prompt) for prompt in _prompts(model)]
+
+
+def check_parity(model: LoadedModel, layout: KVLayout, expected: list[Tensor]) -> None:
+    """Compare a ragged, chunked run over scattered blocks with `eager_logits`; raise UnsupportedModel."""
+    found = _paged_logits(model, layout, _prompts(model))
     worst = 0.0
     for eager, paged in zip(expected, found, strict=True):
         spread = (eager.amax() - eager.amin()).clamp(min=1e-6)

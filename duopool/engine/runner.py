@@ -20,7 +20,8 @@ from duopool.engine.forward_context import forward_context
 from duopool.engine.kv_store import KVStore
 from duopool.engine.model_loader import LoadedModel, load_model
 from duopool.engine.model_source import Progress, resolve_model
-from duopool.engine.probe import check_parity, find_layout
+from duopool.engine.overlay import apply_overlays
+from duopool.engine.probe import check_parity, eager_logits, find_layout
 from duopool.engine.sampler import sample
 from duopool.engine.token_logprobs import token_logprobs
 from duopool.kernels import ops
@@ -54,9 +55,11 @@ class ModelRunner:
 
     @classmethod
     def from_model(cls, model: LoadedModel, cache_config: CacheConfig) -> ModelRunner:
-        """Check a loaded model and give it a store."""
+        """Check a loaded model, make it lean and give it a store. The module must not be used elsewhere afterwards."""
         layout = find_layout(model, cache_config.block_size)
-        check_parity(model, layout)
+        expected = eager_logits(model)
+        apply_overlays(model.module)
+        check_parity(model, layout, expected)
         num_blocks = cache_config.num_blocks or cache_config.kv_cache_memory_bytes // layout.page_bytes
         if num_blocks < 1:
             raise OutOfBlocks(needed=1, free=0)
