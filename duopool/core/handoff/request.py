@@ -181,7 +181,9 @@ def transition(state: RequestState, event: RequestEvent) -> Step:
         case Stopped(phase=phase, reason=reason):
             return _end(state, Finish(phase, reason))
         case Heard(member=member, message=message):
-            if message.attempt != state.attempt or not _is_on_route(state, member):
+            # An attempt that was given up keeps its number until the next route: what it still says is late.
+            is_current = message.attempt == state.attempt and state.phase is not Phase.ADMITTED
+            if not is_current or not _is_on_route(state, member):
                 return state, ()
             return _heard(state, member, message)
 
@@ -189,15 +191,17 @@ def transition(state: RequestState, event: RequestEvent) -> Step:
 def _routed(state: RequestState, route: Route) -> Step:
     if state.phase is not Phase.ADMITTED:
         return state, ()
-    if state.is_handed_over and route.prefill is not None:
-        return _rebind(state, route.prefill, route.decode)
+    lease_holder = state.route.prefill if state.is_handed_over and state.route is not None else None
+    if lease_holder is not None and route.prefill == lease_holder:
+        return _rebind(state, lease_holder, route.decode)
+    given_up = _cancel(state)
     attempt = state.attempt + 1
     request = _request(state, state.output)
     reserve = Send(route.decode, Reserve(request=request, attempt=attempt, local_prefill=route.prefill is None))
     state = replace(state, phase=Phase.PREFILLING, attempt=attempt, route=route, reserved=False, ready=())
     if route.prefill is None:
-        return state, (reserve,)
-    return state, (Send(route.prefill, Prefill(request=request, attempt=attempt)), reserve)
+        return state, (*given_up, reserve)
+    return state, (*given_up, Send(route.prefill, Prefill(request=request, attempt=attempt)), reserve)
 
 
 def _heard(
@@ -249,6 +253,8 @@ def _tokens(state: RequestState, tokens: Tokens) -> Step:
 
 
 def _nack(state: RequestState, member: Member, nack: Nack) -> Step:
+    if state.phase is Phase.DECODING and state.route is not None and member != state.route.decode:
+        return state, ()  # P's part is over
     final = (NackReason.TOO_LARGE, NackReason.DEADLINE, NackReason.INTERNAL)
     if nack.reason in final or state.retries_left == 0:
         return _end(state, Finish(Phase.FAILED, nack.detail or nack.reason.value, nack))
@@ -263,7 +269,10 @@ def _lost(state: RequestState, member: Member) -> Step:
     if route is None or not _is_on_route(state, member):
         return state, ()
     if state.phase is Phase.ADMITTED:
-        return (replace(state, ready=()) if member == route.prefill else state), ()
+        if member != route.prefill or not state.ready:
+            return state, ()
+        state = replace(state, ready=(), excluded=state.excluded | {member})
+        return state, (NeedRoute(state.excluded),)
     if member == route.prefill and state.phase is Phase.DECODING and member != route.decode:
         return state, ()
     state = replace(state, deaths=state.deaths + 1, excluded=state.excluded | {member})
@@ -330,7 +339,9 @@ def _end(state: RequestState, finish: Finish) -> Step:
 def _after_the_end(state: RequestState, event: RequestEvent) -> Step:
     """A sign of life after the end is answered with another Cancel: the first may have been lost."""
     match event:
-        case Heard(member=member, message=BlocksReady() | Reserved() | Joined() | Accepted() as message):
+        case Heard(message=Tokens(finish_reason=reason)) if reason is not None:
+            return state, ()  # it ended there by itself
+        case Heard(member=member, message=BlocksReady() | Reserved() | Joined() | Accepted() | Tokens() as message):
             cancel = Cancel(request_id=state.request.request_id, attempt=max(state.attempt, message.attempt))
             return state, (Send(member, cancel),)
         case _:
@@ -339,9 +350,11 @@ def _after_the_end(state: RequestState, event: RequestEvent) -> Step:
 
 def _cancel(state: RequestState) -> tuple[Action, ...]:
     """Cancel whatever the current attempt may still hold. A decode worker that finished by itself ignores it."""
-    if state.route is None or state.phase is Phase.ADMITTED:
+    if state.route is None:
         return ()
     cancel = Cancel(request_id=state.request.request_id, attempt=state.attempt)
+    if state.phase is Phase.ADMITTED:  # all but P's finished work was given up when the request came back here
+        return (Send(state.route.prefill, cancel),) if state.ready and state.route.prefill is not None else ()
     members = {state.route.decode: None}
     if state.route.prefill is not None and state.phase is not Phase.DECODING:
         members[state.route.prefill] = None

@@ -144,7 +144,8 @@ def transition(slot: Slot, event: SlotEvent) -> SlotStep:
             )
             return _advance(slot)
         case Listed(message=message):
-            if slot.phase is SlotPhase.QUARANTINED or message.first_block != len(slot.sealed):
+            is_next = message.first_block == len(slot.sealed) and slot.first_token is None
+            if slot.phase is SlotPhase.QUARANTINED or not is_next:
                 return slot, ()
             sealed = slot.sealed + message.blocks
             slot = replace(slot, lease=message.lease, sealed=sealed, first_token=message.first_token)
@@ -167,6 +168,9 @@ def _advance(slot: Slot) -> SlotStep:
     if slot.phase is SlotPhase.WAITING or lease is None:
         return slot, ()
     begin, end = slot.num_requested, len(slot.sealed)
+    if end > len(slot.blocks):
+        fault = f"{end} blocks were listed, {len(slot.blocks)} are reserved"
+        return _drop(slot, Refuse(NackReason.TRANSFER_FAILED, fault))
     if begin < end:
         read = Read(lease, slot.sealed[begin:end], slot.blocks[begin:end])
         slot = replace(slot, phase=SlotPhase.READING, num_requested=end, num_reads=slot.num_reads + 1)

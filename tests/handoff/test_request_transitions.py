@@ -1,0 +1,341 @@
+"""The router's side under duplicated, reordered and late messages, lost workers and changing routes."""
+
+from __future__ import annotations
+
+import msgspec
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from duopool.core.handoff.request import (
+    Action,
+    Emit,
+    Finish,
+    Heard,
+    Lost,
+    Member,
+    NeedRoute,
+    Phase,
+    RequestState,
+    Route,
+    Routed,
+    Send,
+    Stopped,
+    begin,
+    transition,
+)
+from duopool.core.messages import (
+    Accepted,
+    BlocksReady,
+    Cancel,
+    GenerationRequest,
+    Joined,
+    LeaseRef,
+    Nack,
+    NackReason,
+    Prefill,
+    Rebind,
+    Reserve,
+    Reserved,
+    SealedBlock,
+    Tokens,
+)
+from duopool.core.sampling_params import SamplingParams
+from duopool.core.types import BlockId, FinishReason, Incarnation, LeaseId, RequestId, WorkerId
+
+REQUEST_ID = RequestId("0" * 32)
+NUM_TOKENS = 6
+MAX_RETRIES = 3
+REQUEST = GenerationRequest(
+    request_id=REQUEST_ID, prompt_token_ids=(1, 2, 3), params=SamplingParams(max_tokens=NUM_TOKENS)
+)
+
+
+def token_at(index: int) -> int:
+    """The stream is a function of the position, on whichever worker it is computed."""
+    return 1000 + index
+
+
+def tokens_of(attempt: int, index: int) -> Tokens:
+    last = index == NUM_TOKENS - 1
+    return Tokens(
+        request_id=REQUEST_ID,
+        attempt=attempt,
+        index=index,
+        token_ids=(token_at(index),),
+        finish_reason=FinishReason.LENGTH if last else None,
+    )
+
+
+class World:
+    """Honest workers: everything they may ever say lands in `said` and stays there."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[Member, object]] = []
+        self.refusals: list[tuple[Member, Nack]] = []
+        """What they would say if something went wrong."""
+        self.holders: dict[Member, int] = {}
+        """Who may hold something for the request, under which attempt."""
+
+    def take(self, member: Member, command: object) -> None:
+        match command:
+            case Prefill(request=request, attempt=attempt):
+                self.holders[member] = attempt
+                self._prefill(member, attempt, first_index=len(request.output_token_ids))
+            case Reserve(request=request, attempt=attempt, local_prefill=local):
+                self.holders[member] = attempt
+                self._say(member, Reserved(request_id=REQUEST_ID, attempt=attempt, num_cached_tokens=0))
+                self._nacks(member, attempt)
+                if local:
+                    self._decode(member, attempt, first_index=len(request.output_token_ids))
+            case BlocksReady(attempt=attempt, first_token=Tokens(index=index)):
+                self._decode(member, attempt, first_index=index + 1)
+            case Rebind(attempt=attempt):
+                assert member in self.holders, "a rebind went to a worker that holds no lease"
+                self.holders[member] = attempt
+            case Cancel(attempt=attempt):
+                if self.holders.get(member, attempt + 1) <= attempt:
+                    del self.holders[member]
+            case _:
+                pass
+
+    def _prefill(self, member: Member, attempt: int, *, first_index: int) -> None:
+        lease = LeaseRef(
+            lease_id=LeaseId(attempt),
+            worker_id=member.worker_id,
+            incarnation=member.incarnation,
+            source_address="p:1",
+        )
+        self._say(member, Accepted(request_id=REQUEST_ID, attempt=attempt, num_cached_tokens=0))
+        for first_block in (0, 2):
+            blocks = tuple(SealedBlock(BlockId(first_block + n), 1, 0) for n in range(2))
+            first_token = tokens_of(attempt, first_index) if first_block else None
+            self._say(
+                member,
+                BlocksReady(
+                    request_id=REQUEST_ID,
+                    attempt=attempt,
+                    lease=lease,
+                    first_block=first_block,
+                    blocks=blocks,
+                    first_token=first_token,
+                ),
+            )
+        self._nacks(member, attempt)
+
+    def _decode(self, member: Member, attempt: int, *, first_index: int) -> None:
+        self._say(
+            member,
+            Joined(request_id=REQUEST_ID, attempt=attempt, num_pulled_blocks=4, num_pulled_bytes=4, transfer_s=0.0),
+        )
+        for index in range(first_index, NUM_TOKENS):
+            self._say(member, tokens_of(attempt, index))
+
+    def _nacks(self, member: Member, attempt: int) -> None:
+        for reason in (NackReason.BUSY, NackReason.LEASE_LOST, NackReason.TOO_LARGE):
+            self.refusals.append((member, Nack(request_id=REQUEST_ID, attempt=attempt, reason=reason)))
+
+    def _say(self, member: Member, message: object) -> None:
+        self.said.append((member, message))
+
+
+class RequestMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.lost: set[Member] = set()
+        self.wanted: NeedRoute | None = None
+        self.emitted: list[int] = []
+        self.finishes: list[Finish] = []
+        self.num_routes = 0
+        self.num_heard = 0
+        self.next_incarnation = 100
+        self.state, actions = begin(RequestState(request=REQUEST, retries_left=MAX_RETRIES))
+        self.perform(actions)
+
+    def feed(self, event: object) -> None:
+        before = self.state
+        self.state, actions = transition(before, event)  # type: ignore[arg-type]
+        assert self.state.attempt in (before.attempt, before.attempt + 1)
+        if before.phase is Phase.ADMITTED and self.state.phase is not Phase.ADMITTED:
+            self.wanted = None
+        self.perform(actions)
+        if before.phase.is_final:
+            assert all(isinstance(action, Send) and isinstance(action.command, Cancel) for action in actions)
+        route = self.state.route
+        if self.state.phase is Phase.DECODING and route is not None and route.prefill is not None:
+            self.world.holders.pop(route.prefill, None)  # D released it when it joined
+
+    def perform(self, actions: tuple[Action, ...]) -> None:
+        for action in actions:
+            match action:
+                case NeedRoute():
+                    self.wanted = action
+                case Send(member=member, command=command):
+                    self.world.take(member, command)
+                case Emit(tokens=tokens):
+                    assert not self.finishes, "tokens after the end"
+                    assert tokens.index == len(self.emitted)
+                    self.emitted += tokens.token_ids
+                case Finish():
+                    self.finishes.append(action)
+
+    def member(self, name: str, number: int) -> Member:
+        member = Member(WorkerId(f"{name}-{number}"), Incarnation(number))
+        while member in self.lost:
+            self.next_incarnation += 1
+            member = Member(member.worker_id, Incarnation(self.next_incarnation))
+        return member
+
+    @precondition(lambda self: self.wanted is not None and not self.finishes)
+    @rule(prefill=st.sampled_from([None, 0, 1]), decode=st.sampled_from([0, 1]), obey=st.booleans())
+    def route(self, prefill: int | None, decode: int, obey: bool) -> None:
+        assert self.wanted is not None
+        chosen = None if prefill is None else self.member("p", prefill)
+        if obey and self.wanted.prefill is not None:
+            chosen = self.wanted.prefill
+        self.num_routes += 1
+        self.feed(Routed(Route(prefill=chosen, decode=self.member("d", decode))))
+
+    @precondition(lambda self: self.num_heard < len(self.world.said))
+    @rule(num=st.integers(1, 6))
+    def hear_next(self, num: int) -> None:
+        """What was said, in order."""
+        for _ in range(min(num, len(self.world.said) - self.num_heard)):
+            self.num_heard += 1
+            self.hear_from(*self.world.said[self.num_heard - 1])
+
+    @precondition(lambda self: self.world.said)
+    @rule(place=st.integers(0, 200))
+    def hear_any(self, place: int) -> None:
+        """Any message that was ever said: early, late or again."""
+        self.hear_from(*self.world.said[-1 - place % len(self.world.said)])
+
+    @precondition(lambda self: self.world.refusals)
+    @rule(place=st.integers(0, 20), dice=st.integers(0, 3))
+    def hear_refusal(self, place: int, dice: int) -> None:
+        if dice == 0:
+            self.hear_from(*self.world.refusals[-1 - place % len(self.world.refusals)])
+
+    def hear_from(self, member: Member, message: object) -> None:
+        if member in self.lost:
+            return
+        deciding = self.state.phase is Phase.DECODING
+        self.feed(Heard(member, message))  # type: ignore[arg-type]
+        if isinstance(message, Nack) and self.world.holders.get(member) == message.attempt:
+            del self.world.holders[member]  # by its own word
+        if deciding and isinstance(message, Tokens) and message.finish_reason is not None and self.finishes:
+            self.world.holders.pop(member, None)
+
+    @rule(name=st.sampled_from("pd"), number=st.sampled_from([0, 1]), dice=st.integers(0, 2))
+    def lose(self, name: str, number: int, dice: int) -> None:
+        if dice != 0:
+            return
+        member = self.member(name, number)
+        self.lost.add(member)
+        self.world.holders.pop(member, None)
+        self.feed(Lost(member))
+
+    @rule(phase=st.sampled_from([Phase.CANCELLED, Phase.FAILED, Phase.DONE]), dice=st.integers(0, 14))
+    def stop(self, phase: Phase, dice: int) -> None:
+        if dice == 0:
+            self.feed(Stopped(phase))
+
+    @invariant()
+    def the_stream_is_the_stream(self) -> None:
+        assert self.emitted == [token_at(index) for index in range(len(self.emitted))]
+        assert self.state.output == tuple(self.emitted)
+
+    @invariant()
+    def a_request_ends_once(self) -> None:
+        assert len(self.finishes) == int(self.state.phase.is_final)
+        if self.finishes:
+            assert self.finishes[0].phase is self.state.phase
+
+    @invariant()
+    def attempts_are_bounded(self) -> None:
+        """One attempt at first and one per retry; a lease lost while no route is there costs no attempt."""
+        assert self.state.attempt <= 1 + MAX_RETRIES
+        assert self.num_routes <= 1 + MAX_RETRIES
+
+    @invariant()
+    def nobody_holds_what_was_given_up(self) -> None:
+        """Who may hold something is on the current route, or was sent a Cancel, or is gone."""
+        holders = set(self.world.holders)
+        route = self.state.route
+        if self.state.phase.is_final:
+            assert holders == set()
+        elif self.state.phase is Phase.ADMITTED:
+            assert holders <= ({route.prefill} if self.state.ready and route is not None else set())
+        else:
+            assert route is not None
+            assert holders <= {route.prefill, route.decode}
+            assert all(attempt == self.state.attempt for attempt in self.world.holders.values())
+
+    @invariant()
+    def a_request_without_a_route_has_asked_for_one(self) -> None:
+        if not self.state.phase.is_final:
+            assert (self.state.phase is Phase.ADMITTED) == (self.wanted is not None)
+
+    def teardown(self) -> None:
+        """From wherever it is, the request still ends well if nothing fails any more."""
+        for _ in range(3):
+            if self.wanted is not None and not self.finishes:
+                prefill = self.wanted.prefill or self.member("p", 0)
+                self.num_routes += 1
+                self.feed(Routed(Route(prefill=prefill, decode=self.member("d", 1))))
+            heard = 0
+            while heard < len(self.world.said) and not self.finishes:
+                heard += 1
+                self.hear_from(*self.world.said[heard - 1])
+        assert self.finishes
+        if self.finishes[0].phase is Phase.DONE and len(self.emitted) != NUM_TOKENS:
+            assert self.state.phase is Phase.DONE  # stopped from outside
+        self.nobody_holds_what_was_given_up()
+        self.the_stream_is_the_stream()
+
+
+TestRequest = RequestMachine.TestCase
+TestRequest.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def leased() -> tuple[RequestState, Member, Member, World]:
+    """A request whose prefill is done and leased at `p`, reserved at nobody yet."""
+    world = World()
+    p, d = Member(WorkerId("p"), Incarnation(1)), Member(WorkerId("d"), Incarnation(2))
+    state, actions = transition(RequestState(request=REQUEST), Routed(Route(prefill=p, decode=d)))
+    for action in actions:
+        assert isinstance(action, Send)
+        world.take(action.member, action.command)
+    for member, message in tuple(world.said):
+        if isinstance(message, BlocksReady):
+            state, _ = transition(state, Heard(member, message))
+    assert state.phase is Phase.LEASED
+    return state, p, d, world
+
+
+def test_a_lost_decode_worker_costs_no_second_prefill() -> None:
+    state, p, d, _ = leased()
+    state, actions = transition(state, Lost(d))
+    assert actions[-1] == NeedRoute(frozenset({d}), p)
+    other = Member(WorkerId("d2"), Incarnation(3))
+    state, actions = transition(state, Routed(Route(prefill=p, decode=other)))
+    commands = [(action.member, action.command) for action in actions if isinstance(action, Send)]
+    assert [type(command) for _, command in commands] == [Rebind, Reserve, BlocksReady, BlocksReady]
+    assert all(command.attempt == 2 for _, command in commands)  # type: ignore[union-attr]
+    reserve = commands[1][1]
+    assert isinstance(reserve, Reserve)
+    assert reserve.request.output_token_ids == ()
+    last = commands[-1][1]
+    assert isinstance(last, BlocksReady)
+    assert last.first_token == msgspec.structs.replace(tokens_of(1, 0), attempt=2)
+
+
+def test_two_dead_workers_end_a_request_that_may_be_poison() -> None:
+    state, p, d, _ = leased()
+    state, _ = transition(state, Lost(d))
+    other = Member(WorkerId("d2"), Incarnation(3))
+    state, _ = transition(state, Routed(Route(prefill=p, decode=other)))
+    state, actions = transition(state, Lost(other))
+    assert state.phase is Phase.FAILED
+    assert Send(p, Cancel(request_id=REQUEST_ID, attempt=2)) in actions
