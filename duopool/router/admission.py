@@ -26,14 +26,14 @@ class Limits:
     max_model_len: int
     vocab_size: int
     pool_tokens: int
-    """Tokens that fit the smallest pool when nothing else is in it."""
+    """Longest sequence that the smallest pool can bring forth; its last token needs no KV."""
 
     @classmethod
     def of(cls, members: Sequence[WorkerInfo]) -> Limits:
         return cls(
             max_model_len=min(info.max_model_len for info in members),
             vocab_size=min(info.vocab_size for info in members),
-            pool_tokens=min(info.num_blocks * info.block_size for info in members),
+            pool_tokens=min(info.num_blocks * info.block_size for info in members) + 1,
         )
 
 
@@ -96,9 +96,7 @@ def check_length(field: str, num_prompt_tokens: int, params: SamplingParams, lim
             field, f"has {num_prompt_tokens} tokens, the model takes at most {limits.max_model_len - 1} and one output"
         )
     if num_prompt_tokens >= limits.pool_tokens:
-        raise PromptTooLong(
-            field, f"has {num_prompt_tokens} tokens, the smallest pool holds {limits.pool_tokens} with the output"
-        )
+        raise PromptTooLong(field, f"has {num_prompt_tokens} tokens, the smallest pool holds {limits.pool_tokens - 1}")
     total = num_prompt_tokens + params.max_tokens
     most, what = min((limits.max_model_len, "the model takes"), (limits.pool_tokens, "the smallest pool holds"))
     if total > most:

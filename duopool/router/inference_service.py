@@ -88,8 +88,9 @@ class InferenceService:
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         self._check_model(request.model)
-        admission.check_token_ids("token_ids", request.token_ids, self._limits())
-        return pb.DetokenizeResponse(text=await self._off_loop(self._tokenizer.decode, list(request.token_ids)))
+        token_ids = list(request.token_ids)
+        admission.check_token_ids("token_ids", token_ids, self._limits())
+        return pb.DetokenizeResponse(text=await self._off_loop(self._tokenizer.decode, token_ids))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         if not self._pools.members:
@@ -174,6 +175,10 @@ class InferenceService:
                 message, num_tokens = item
                 await context.write(message)
                 outbox.written(num_tokens)
+        except asyncio.CancelledError:
+            if outbox.error is None:
+                raise
+            raise outbox.error from None  # cut off in a write
         finally:
             for timer in timers:
                 timer.cancel()

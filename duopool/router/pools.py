@@ -58,6 +58,10 @@ class Life(Protocol):
         """The lease of that worker that the request still needs."""
         ...
 
+    def computes_on(self, member: Member) -> bool:
+        """Whether that worker's steps are what the request waits for."""
+        ...
+
 
 @dataclass(slots=True)
 class _Seat:
@@ -254,6 +258,9 @@ class Pools:
     def lease_ids(self, member: Member) -> tuple[LeaseId, ...]:
         leases = (life.lease_on(member) for life in self._lives.values())
         return tuple(lease_id for lease_id in leases if lease_id is not None)
+
+    def expects_progress(self, member: Member) -> bool:
+        return any(life.computes_on(member) for life in self._lives.values())
 
     def _request_heard(self, member: Member, message: RequestMessage) -> None:
         life = self._lives.get(message.request_id)

@@ -186,6 +186,13 @@ class RequestLife:
             return None
         return state.ready[0].lease.lease_id
 
+    def computes_on(self, member: Member) -> bool:
+        state, route = self._state, self._state.route
+        if route is None or state.phase not in (Phase.PREFILLING, Phase.DECODING):
+            return False
+        is_decoding = state.phase is Phase.DECODING or route.prefill is None
+        return member == (route.decode if is_decoding else route.prefill)
+
     # ---- actions ----------------------------------------------------------------------------------------------------
 
     def _feed(self, event: RequestEvent) -> None:

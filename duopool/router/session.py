@@ -52,6 +52,10 @@ class SessionListener(Protocol):
         """Leases of this worker that the router still wants."""
         ...
 
+    def expects_progress(self, member: Member) -> bool:
+        """Whether a request of this router needs steps there now."""
+        ...
+
 
 class _Broken(Exception):
     """The stream cannot go on."""
@@ -138,7 +142,7 @@ class Session:
             self.state = SessionState.READY
             self._listener.session_ready(self.member)
         for event in report.events:
-            if isinstance(event, WorkerLoad) and (event.num_steps != self._num_steps or event.num_running == 0):
+            if isinstance(event, WorkerLoad) and event.num_steps != self._num_steps:
                 self._num_steps = event.num_steps
                 self._progress_at = self._heard_at
             self._listener.session_heard(self.member, event)
@@ -157,6 +161,8 @@ class Session:
             before = self._clock()
             await asyncio.sleep(self._config.heartbeat_s)
             now = self._clock()
+            if not self._listener.expects_progress(self.member):
+                self._progress_at = now
             held_up_s = now - before - self._config.heartbeat_s
             if held_up_s > self._config.heartbeat_s:
                 self._heard_at += held_up_s

@@ -40,7 +40,7 @@ from duopool.core.messages import (
     WorkerInfo,
     WorkerLoad,
 )
-from duopool.core.types import BlockId, FinishReason, Incarnation, LeaseId, WorkerId
+from duopool.core.types import BlockId, FinishReason, Incarnation, LeaseId, TokenLogprob, WorkerId
 from duopool.proto import codec
 from duopool.proto.inference_pb2_grpc import AdminStub, InferenceStub
 from duopool.router.server import RouterServer
@@ -298,8 +298,16 @@ class FakeWorker:
                     index=index,
                     token_ids=tuple(new),
                     finish_reason=FinishReason.LENGTH if is_last else None,
+                    logprobs=_logprobs(new, request.params.logprobs),
                 )
             )
+
+
+def _logprobs(token_ids: Sequence[int], num_top: int | None) -> tuple[TokenLogprob, ...]:
+    if num_top is None:
+        return ()
+    top = tuple((other, -0.5 * other) for other in range(num_top))
+    return tuple(TokenLogprob(token_id, -0.25, 1, top) for token_id in token_ids)
 
 
 class FakeCluster:

@@ -1,0 +1,287 @@
+"""A client for Duopool's gRPC API, sync and async.
+
+Owns what a caller should not have to write: requests from plain values, errors as readable exceptions, and going on
+with a stream that broke. Such a stream is continued at the next address with the seed and the tokens received so far,
+so the caller sees every token once and in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import grpc
+
+from duopool.proto import inference_pb2 as pb
+from duopool.proto.inference_pb2_grpc import AdminStub, InferenceStub
+from duopool.proto.status import StatusDetails, read_status
+
+StreamEvent = pb.Started | pb.TokenChunk | pb.Finished
+MAX_RESUMES = 5
+FIRST_BACKOFF_S = 0.1
+MAX_MESSAGE_BYTES = 64 << 20
+_INFERENCE: Any = InferenceStub
+_OPTIONS = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),)
+
+
+class CallFailed(Exception):
+    """A call that the server answered with an error, or did not answer; `status` has the parts."""
+
+    def __init__(self, status: StatusDetails) -> None:
+        super().__init__(f"{status.code.name.lower().replace('_', ' ')}: {status.message}")
+        self.status = status
+
+
+class RequestRefused(CallFailed):
+    """The request itself is wrong; `status.field` names the field."""
+
+
+class ServerBusy(CallFailed):
+    """Too much is under way, or was left unread; `status.retry_after_s` says when to try again."""
+
+
+class ServerUnavailable(CallFailed):
+    """Nobody could serve the call, also not at the other addresses."""
+
+
+class DeadlineExceeded(CallFailed):
+    """The timeout passed first."""
+
+
+_FAILURES = {
+    grpc.StatusCode.INVALID_ARGUMENT: RequestRefused,
+    grpc.StatusCode.NOT_FOUND: RequestRefused,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ServerBusy,
+    grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+}
+
+
+def generate_request(
+    prompt: str | None = None,
+    *,
+    messages: Sequence[Mapping[str, str]] | None = None,
+    token_ids: Sequence[int] | None = None,
+    model: str = "",
+    request_id: str = "",
+    cache_salt: bytes = b"",
+    **sampling: Any,
+) -> pb.GenerateRequest:
+    """A request from plain values: exactly one of `prompt`, `messages` (role and content) and `token_ids`.
+
+    `sampling` takes the fields of `SamplingParams` in the .proto file; None leaves a field out. Raises ValueError.
+    """
+    if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
+        raise ValueError("give exactly one of prompt, messages and token_ids")
+    params = pb.SamplingParams(**{name: value for name, value in sampling.items() if value is not None})
+    request = pb.GenerateRequest(model=model, request_id=request_id, cache_salt=cache_salt, sampling=params)
+    if messages is not None:
+        request.chat.CopyFrom(_chat(messages))
+    elif token_ids is not None:
+        request.token_ids.CopyFrom(pb.TokenIds(ids=token_ids))
+    elif prompt is not None:
+        request.text = prompt
+    return request
+
+
+class Client:
+    """Blocking calls. `addresses` is one HOST:PORT or several, tried in turn when one is unavailable."""
+
+    def __init__(self, addresses: str | Sequence[str]) -> None:
+        self._channels = [grpc.insecure_channel(address, options=_OPTIONS) for address in _listed(addresses)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+
+    def generate(
+        self, prompt: str | None = None, *, timeout_s: float | None = None, **fields: Any
+    ) -> Iterator[StreamEvent]:
+        """Started, then token chunks as they come, then Finished; `fields` as in `generate_request`."""
+        stream = _Stream(generate_request(prompt, **fields), timeout_s)
+        while True:
+            stub = _INFERENCE(self._channels[stream.num_attempts % len(self._channels)])
+            call = stub.Generate(stream.next_request(), timeout=stream.time_left_s())
+            try:
+                for response in call:
+                    yield from stream.take(response)
+                return
+            except grpc.RpcError as error:
+                time.sleep(stream.backoff_s(error))
+            finally:
+                call.cancel()
+
+    def tokenize(self, prompt: str | None = None, *, messages: Sequence[Mapping[str, str]] | None = None) -> list[int]:
+        request = _tokenize_request(prompt, messages)
+        return list(self._call(InferenceStub, "Tokenize", request).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        return str(self._call(InferenceStub, "Detokenize", pb.DetokenizeRequest(token_ids=token_ids)).text)
+
+    def models(self) -> list[pb.Model]:
+        return list(self._call(InferenceStub, "ListModels", pb.ListModelsRequest()).models)
+
+    def cluster_state(self) -> pb.ClusterStateResponse:
+        state: pb.ClusterStateResponse = self._call(AdminStub, "ClusterState", pb.ClusterStateRequest())
+        return state
+
+    def scale(self, **pools: int) -> list[pb.PoolState]:
+        """Set pool sizes, such as `scale(prefill=2, decode=3)`; returns as soon as the sizes are taken in."""
+        return list(self._call(AdminStub, "Scale", pb.ScaleRequest(pools=pools)).pools)
+
+    def drain(self, worker_id: str) -> None:
+        self._call(AdminStub, "Drain", pb.DrainRequest(worker_id=worker_id))
+
+    def _call(self, stub: Any, method: str, request: Any) -> Any:
+        for channel in self._channels:
+            try:
+                return getattr(stub(channel), method)(request)
+            except grpc.RpcError as error:
+                failure = failure_of(error)
+                if not isinstance(failure, ServerUnavailable) or channel is self._channels[-1]:
+                    raise failure from error
+        raise AssertionError("a client has at least one address")
+
+
+class AsyncClient:
+    """The same calls for asyncio."""
+
+    def __init__(self, addresses: str | Sequence[str]) -> None:
+        self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for address in _listed(addresses)]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+    async def generate(
+        self, prompt: str | None = None, *, timeout_s: float | None = None, **fields: Any
+    ) -> AsyncIterator[StreamEvent]:
+        """Started, then token chunks as they come, then Finished; `fields` as in `generate_request`."""
+        stream = _Stream(generate_request(prompt, **fields), timeout_s)
+        while True:
+            stub = _INFERENCE(self._channels[stream.num_attempts % len(self._channels)])
+            call = stub.Generate(stream.next_request(), timeout=stream.time_left_s())
+            try:
+                async for response in call:
+                    for event in stream.take(response):
+                        yield event
+                return
+            except grpc.RpcError as error:
+                await asyncio.sleep(stream.backoff_s(error))
+            finally:
+                call.cancel()
+
+    async def tokenize(
+        self, prompt: str | None = None, *, messages: Sequence[Mapping[str, str]] | None = None
+    ) -> list[int]:
+        request = _tokenize_request(prompt, messages)
+        return list((await self._call(InferenceStub, "Tokenize", request)).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        response = await self._call(InferenceStub, "Detokenize", pb.DetokenizeRequest(token_ids=token_ids))
+        return str(response.text)
+
+    async def models(self) -> list[pb.Model]:
+        return list((await self._call(InferenceStub, "ListModels", pb.ListModelsRequest())).models)
+
+    async def cluster_state(self) -> pb.ClusterStateResponse:
+        state: pb.ClusterStateResponse = await self._call(AdminStub, "ClusterState", pb.ClusterStateRequest())
+        return state
+
+    async def scale(self, **pools: int) -> list[pb.PoolState]:
+        return list((await self._call(AdminStub, "Scale", pb.ScaleRequest(pools=pools))).pools)
+
+    async def drain(self, worker_id: str) -> None:
+        await self._call(AdminStub, "Drain", pb.DrainRequest(worker_id=worker_id))
+
+    async def _call(self, stub: Any, method: str, request: Any) -> Any:
+        for channel in self._channels:
+            try:
+                return await getattr(stub(channel), method)(request)
+            except grpc.RpcError as error:
+                failure = failure_of(error)
+                if not isinstance(failure, ServerUnavailable) or channel is self._channels[-1]:
+                    raise failure from error
+        raise AssertionError("a client has at least one address")
+
+
+class _Stream:
+    """What must be known of a stream to go on with it elsewhere."""
+
+    def __init__(self, request: pb.GenerateRequest, timeout_s: float | None) -> None:
+        self.num_attempts = 0
+        self._request = request
+        self._token_ids: list[int] = list(request.resume_from.ids)
+        self._started = False
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._can_resume = not request.sampling.HasField("n") or request.sampling.n == 1
+
+    def next_request(self) -> pb.GenerateRequest:
+        self.num_attempts += 1
+        if self._token_ids:
+            self._request.resume_from.CopyFrom(pb.TokenIds(ids=self._token_ids))
+        return self._request
+
+    def time_left_s(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def take(self, response: pb.GenerateResponse) -> Iterator[StreamEvent]:
+        """The response's event, unless the caller has seen it."""
+        match response.WhichOneof("event"):
+            case "started":
+                self._request.sampling.seed = response.started.seed
+                if not self._started:
+                    self._started = True
+                    yield response.started
+            case "tokens":
+                self._token_ids += response.tokens.token_ids
+                yield response.tokens
+            case "finished":
+                yield response.finished
+
+    def backoff_s(self, error: grpc.RpcError) -> float:
+        """How long to wait before the next attempt; raises what the caller must see if there is none."""
+        failure = failure_of(error)
+        may_go_on = self._can_resume or not self._started
+        if not isinstance(failure, ServerUnavailable) or not may_go_on or self.num_attempts > MAX_RESUMES:
+            raise failure from error
+        return FIRST_BACKOFF_S * 2.0 ** (self.num_attempts - 1)
+
+
+def failure_of(error: grpc.RpcError) -> CallFailed:
+    """The readable form of what gRPC raised."""
+    status = read_status(error)
+    return _FAILURES.get(status.code, CallFailed)(status)
+
+
+def _chat(messages: Sequence[Mapping[str, str]]) -> pb.ChatMessages:
+    return pb.ChatMessages(
+        messages=[pb.ChatMessage(role=message["role"], content=message["content"]) for message in messages]
+    )
+
+
+def _tokenize_request(prompt: str | None, messages: Sequence[Mapping[str, str]] | None) -> pb.TokenizeRequest:
+    if (prompt is None) == (messages is None):
+        raise ValueError("give exactly one of prompt and messages")
+    return pb.TokenizeRequest(text=prompt) if messages is None else pb.TokenizeRequest(chat=_chat(messages))
+
+
+def _listed(addresses: str | Sequence[str]) -> list[str]:
+    listed = [addresses] if isinstance(addresses, str) else list(addresses)
+    if not listed:
+        raise ValueError("a client needs at least one address")
+    return listed
