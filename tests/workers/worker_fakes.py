@@ -7,6 +7,7 @@ anything but its own prefix, the stream would differ from `expected_stream`.
 from __future__ import annotations
 
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -21,6 +22,8 @@ from duopool.core.messages import (
     Event,
     GenerationRequest,
     Heartbeat,
+    KvChanged,
+    KvSnapshot,
     LeaseRef,
     Nack,
     Prefill,
@@ -33,7 +36,7 @@ from duopool.core.messages import (
 )
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import Chunk, SampledToken, StepPlan, StepResult
-from duopool.core.types import BlockId, Incarnation, LeaseId, RequestId, Role, TokenLogprob, WorkerId
+from duopool.core.types import BlockId, BlockKey, Incarnation, LeaseId, RequestId, Role, TokenLogprob, WorkerId
 from duopool.core.worker import SessionId
 from duopool.decode_worker.worker import DecodeWorker
 from duopool.engine.served_model import ServedModel
@@ -233,6 +236,8 @@ class Pair:
     streams: dict[str, list[int]] = field(default_factory=dict)
     finished: dict[str, Tokens] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    num_repeated: int = 0
+    kv_events: dict[Role, list[KvChanged | KvSnapshot]] = field(default_factory=lambda: defaultdict(list))
     is_forwarding: bool = True
 
     def request(
@@ -265,9 +270,11 @@ class Pair:
         self.to_decode(command)
 
     def collect(self) -> None:
-        for worker in (self.prefill, self.decode):
+        for role, worker in ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode)):
             for addressed in worker.take_events():
                 self.events.append(addressed.event)
+                if isinstance(addressed.event, KvChanged | KvSnapshot):
+                    self.kv_events[role].append(addressed.event)
                 self._take(addressed.event)
 
     def _take(self, event: Event) -> None:
@@ -282,11 +289,16 @@ class Pair:
             self._emit(event)
 
     def _emit(self, tokens: Tokens) -> None:
+        """The router's fence: only the next index counts. What comes twice must say the same."""
         stream = self.streams.setdefault(tokens.request_id, [])
-        assert tokens.index == len(stream), "a token is missing or came twice"
+        end = tokens.index + len(tokens.token_ids)
+        if tokens.index < len(stream):
+            assert stream[tokens.index : end] == list(tokens.token_ids), "a token came twice and differs"
+            self.num_repeated += 1
+            return
+        assert tokens.index == len(stream), "a token is missing"
         stream += tokens.token_ids
         if tokens.finish_reason is not None:
-            assert tokens.request_id not in self.finished
             self.finished[tokens.request_id] = tokens
 
     def step_prefill(self) -> bool:
@@ -328,6 +340,26 @@ class Pair:
 
     def nacks(self) -> list[Nack]:
         return [event for event in self.events if isinstance(event, Nack)]
+
+    def assert_kv_events_tell_what_is_cached(self) -> None:
+        """A router that applied every KvChanged since the first snapshot knows exactly what is cached."""
+        for role, manager in ((Role.PREFILL, self.prefill_manager), (Role.DECODE, self.decode_manager)):
+            known: set[BlockKey] = set()
+            sequence = 0
+            for event in self.kv_events[role]:
+                if isinstance(event, KvSnapshot):
+                    assert event.sequence == sequence
+                    assert {key for path in event.paths for key in path} == known
+                    continue
+                assert event.sequence == sequence + 1, "a gap"
+                sequence = event.sequence
+                assert known >= set(event.removed)
+                known.difference_update(event.removed)
+                for segment in event.stored:
+                    assert segment.parent is None or segment.parent in known
+                    assert not known & set(segment.keys)
+                    known.update(segment.keys)
+            assert known == {key for path in manager.snapshot() for key in path}
 
     def assert_nothing_is_held(self) -> None:
         for worker, manager in ((self.prefill, self.prefill_manager), (self.decode, self.decode_manager)):

@@ -1,0 +1,135 @@
+"""Equal prefixes are computed once, pulled once, and never shared between tenants."""
+
+from __future__ import annotations
+
+import pytest
+from worker_fakes import BLOCK_SIZE, Pair, expected_stream, make_pair
+
+from duopool.core.messages import Accepted, BlocksReady, Joined, Nack, Prefill, Reserved, Tokens
+
+PREFIX = list(range(10, 10 + 5 * BLOCK_SIZE))
+
+
+def computed_on_prefill(pair: Pair) -> int:
+    return pair.prefill.load().num_computed_tokens
+
+
+def test_second_request_computes_and_pulls_only_its_own_part() -> None:
+    pair = make_pair()
+    pair.send(pair.request("r0", [*PREFIX, 1, 2], max_tokens=3, ignore_eos=True))
+    pair.run()
+    computed, pulled = computed_on_prefill(pair), pair.reader.num_blocks_read
+    assert (computed, pulled) == (22, 6)
+
+    pair.send(pair.request("r1", [*PREFIX, 3, 4, 5], max_tokens=3, ignore_eos=True))
+    pair.run()
+    assert computed_on_prefill(pair) - computed == 3
+    assert pair.reader.num_blocks_read - pulled == 1
+    assert [event.num_cached_tokens for event in pair.events if isinstance(event, Accepted)] == [0, 20]
+    assert [event.num_cached_tokens for event in pair.events if isinstance(event, Reserved)] == [0, 20]
+    joined = [event for event in pair.events if isinstance(event, Joined)]
+    assert [(event.num_pulled_blocks, event.num_pulled_bytes) for event in joined] == [(6, 600), (1, 100)]
+
+
+def test_a_prompt_that_is_all_cached_computes_its_last_token_and_pulls_nothing() -> None:
+    pair = make_pair()
+    for name in ("r0", "r1"):
+        pair.send(pair.request(name, PREFIX, max_tokens=2, ignore_eos=True))
+        pair.run()
+    assert computed_on_prefill(pair) == 20 + BLOCK_SIZE
+    assert pair.reader.num_blocks_read == 5
+    assert pair.streams["r0"] == pair.streams["r1"]
+
+
+@pytest.mark.parametrize("budget", [3, 7, 16, 64])
+def test_a_prefix_in_flight_is_computed_once(budget: int) -> None:
+    pair = make_pair(prefill={"max_num_batched_tokens": budget})
+    for index in range(4):
+        pair.send(pair.request(f"r{index}", [*PREFIX, 1, 2, index], max_tokens=2, ignore_eos=True))
+    pair.run()
+    assert computed_on_prefill(pair) == 23 + 3 * 3
+    for index in range(4):
+        params = pair.request("x", [0], max_tokens=2, ignore_eos=True).params
+        assert pair.streams[f"r{index}"] == expected_stream([*PREFIX, 1, 2, index], params)
+
+
+def test_a_waiting_twin_takes_over_when_the_first_is_cancelled() -> None:
+    pair = make_pair(prefill={"max_num_batched_tokens": 8})
+    for name in ("r0", "r1"):
+        pair.send(pair.request(name, [*PREFIX, 1], max_tokens=2, ignore_eos=True))
+    pair.step_prefill()
+    pair.cancel("r0")
+    pair.run()
+    assert len(pair.streams["r1"]) == 2
+    assert computed_on_prefill(pair) == 21
+    pair.assert_nothing_is_held()
+
+
+def test_another_prompt_is_not_held_up_behind_a_waiting_twin() -> None:
+    pair = make_pair(prefill={"max_num_batched_tokens": 24})
+    pair.send(pair.request("r0", [*PREFIX, 1], max_tokens=1))
+    pair.send(pair.request("r1", [*PREFIX, 2], max_tokens=1))
+    pair.send(pair.request("r2", [9, 9], max_tokens=1))
+    pair.step_prefill()
+    assert set(pair.streams) == {"r0", "r2"}
+
+
+def test_tenants_with_other_salts_share_nothing() -> None:
+    pair = make_pair()
+    for name, salt in (("r0", b"a"), ("r1", b"b")):
+        pair.send(pair.request(name, PREFIX, salt=salt, max_tokens=2, ignore_eos=True))
+        pair.run()
+    assert computed_on_prefill(pair) == 2 * len(PREFIX)
+    assert pair.reader.num_blocks_read == 2 * 5
+
+
+def test_generated_blocks_are_a_prefix_for_the_next_turn() -> None:
+    pair = make_pair()
+    pair.send(pair.request("r0", PREFIX, max_tokens=9, ignore_eos=True))
+    pair.run()
+    turn = [*PREFIX, *pair.streams["r0"], 1, 2]
+    pair.send(pair.request("r1", turn, max_tokens=2, ignore_eos=True))
+    pair.run()
+    reserved = [event for event in pair.events if isinstance(event, Reserved)]
+    assert reserved[-1].num_cached_tokens == 28  # the 29th token was sampled last and never computed
+
+
+@pytest.mark.parametrize("budget", [1, 5, 64])
+def test_prompt_logprobs_cover_every_prompt_token_once_and_use_no_cache(budget: int) -> None:
+    pair = make_pair(prefill={"max_num_batched_tokens": budget})
+    for name in ("r0", "r1"):
+        pair.send(pair.request(name, PREFIX, max_tokens=2, prompt_logprobs=0, ignore_eos=True))
+        pair.run()
+    firsts = [
+        event.first_token for event in pair.events if isinstance(event, BlocksReady) and event.first_token is not None
+    ]
+    assert [[entry.token_id for entry in first.prompt_logprobs] for first in firsts] == [PREFIX[1:]] * 2
+    assert computed_on_prefill(pair) == 2 * len(PREFIX)
+    later = [event for event in pair.events if isinstance(event, Tokens)]
+    assert later
+    assert not any(event.prompt_logprobs for event in later)
+
+
+def test_cached_blocks_give_way_to_a_prompt_that_needs_the_room() -> None:
+    pair = make_pair(num_prefill_blocks=6)
+    for index in range(3):
+        pair.send(pair.request(f"r{index}", [index] * 20, max_tokens=2, ignore_eos=True))
+    pair.run()
+    assert all(len(pair.streams[f"r{index}"]) == 2 for index in range(3))
+    assert not any(isinstance(event, Nack) for event in pair.events)
+    pair.assert_nothing_is_held()
+
+
+def test_a_prompt_waits_while_leases_hold_the_room_and_goes_on_after_them() -> None:
+    pair = make_pair(num_prefill_blocks=6)
+    pair.is_forwarding = False
+    pair.to_prefill(Prefill(request=pair.request("r0", [1] * 20, max_tokens=2, ignore_eos=True), attempt=1))
+    pair.to_prefill(Prefill(request=pair.request("r1", [2] * 20, max_tokens=2, ignore_eos=True), attempt=1))
+    while pair.step_prefill():
+        pass
+    assert set(pair.streams) == {"r0"}
+    pair.pass_time(6.0)
+    assert pair.step_prefill()
+    while pair.step_prefill():
+        pass
+    assert set(pair.streams) == {"r0", "r1"}
