@@ -85,13 +85,15 @@ class RouterServer:
         await self._public.start()
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Take nothing new, let streams end for a while, then close everything."""
+        """Take nothing new, let streams end for a while, then close everything. Safe to call twice."""
+        if self._health_task is None:
+            return
         await self._health.enter_graceful_shutdown()
         await self._public.stop(grace_s)
         await self.pools.close()
         await self._internal.stop(0)
-        if self._health_task is not None:
-            self._health_task.cancel()
+        self._health_task.cancel()
+        self._health_task = None
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _make_public(self, inference: InferenceService, admin: AdminService) -> grpc.aio.Server:

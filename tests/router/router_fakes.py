@@ -107,10 +107,15 @@ class FakeWorker:
         """Take commands, answer nothing (but heartbeats go on)."""
         self.frozen = False
         """Say nothing at all."""
+        self.stalled = False
+        """Say only that no step was made."""
+        self.draining = False
         self.running: dict[str, asyncio.Task[None]] = {}
         self._reserved: dict[tuple[str, int], GenerationRequest] = {}
         self._num_steps = 0
         self._sessions: list[asyncio.Queue[Event]] = []
+        self._homes: dict[str, asyncio.Queue[Event]] = {}
+        """Per request the session that it came from."""
         self._server: grpc.aio.Server | None = None
 
     @property
@@ -127,6 +132,7 @@ class FakeWorker:
             num_blocks=NUM_BLOCKS,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
+            draining=self.draining,
         )
 
     def received(self, kind: type) -> list:
@@ -152,9 +158,10 @@ class FakeWorker:
             self._server = None
 
     def say(self, event: Event) -> None:
-        if self.mute and not isinstance(event, WorkerLoad | KvSnapshot):
+        if (self.mute or self.stalled) and not isinstance(event, WorkerLoad | KvSnapshot):
             return
-        for queue in self._sessions:
+        home = self._homes.get(getattr(event, "request_id", ""))
+        for queue in self._sessions if home is None else [home]:
             queue.put_nowait(event)
 
     async def _session(self, commands: AsyncIterator, context: grpc.aio.ServicerContext) -> AsyncIterator[StepReport]:
@@ -165,7 +172,7 @@ class FakeWorker:
         self._sessions.append(queue)
         queue.put_nowait(KvSnapshot(sequence=0, paths=()))
         queue.put_nowait(self._load())
-        reader = asyncio.create_task(self._read(commands))
+        reader = asyncio.create_task(self._read(commands, queue))
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
@@ -181,15 +188,17 @@ class FakeWorker:
             for task in list(self.running.values()):
                 task.cancel()
 
-    async def _read(self, commands: AsyncIterator) -> None:
+    async def _read(self, commands: AsyncIterator, queue: asyncio.Queue[Event]) -> None:
         with contextlib.suppress(asyncio.CancelledError, grpc.RpcError, Exception):
             async for batch in commands:
                 for command in batch.commands:
                     self.commands.append(command)
+                    if isinstance(command, Prefill | Reserve):
+                        self._homes[command.request.request_id] = queue
                     self._handle(command)
 
     def _load(self) -> WorkerLoad:
-        self._num_steps += 1
+        self._num_steps += not self.stalled
         return WorkerLoad(
             num_running=len(self.running),
             num_blocks=NUM_BLOCKS,
@@ -320,7 +329,9 @@ class FakeCluster:
         route_wait_s: float = 2.0,
         **settings: object,
     ) -> None:
-        self.workers = list(workers or (FakeWorker("prefill-0", "prefill"), FakeWorker("decode-0", "decode")))
+        if workers is None:
+            workers = (FakeWorker("prefill-0", "prefill"), FakeWorker("decode-0", "decode"))
+        self.workers = list(workers)
         settings.setdefault(
             "handoff", HandoffConfig(heartbeat_s=0.1, progress_watchdog_s=0.6, local_prefill_max_tokens=0)
         )

@@ -1,0 +1,301 @@
+"""Workers come and go under a stream; the client sees every token once, in order, and the stream it would have seen."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from router_fakes import FakeCluster, FakeWorker, eventually, expected_output
+
+from duopool.core.handoff.request import Member
+from duopool.core.messages import (
+    Cancel,
+    Heartbeat,
+    KvChanged,
+    KvStoredSegment,
+    NackReason,
+    Prefill,
+    Rebind,
+    Reserve,
+    SnapshotWanted,
+)
+from duopool.core.types import BlockKey, Incarnation
+from duopool.proto import inference_pb2 as pb
+from duopool.proto.status import read_status
+
+PROMPT = [7, 7, 7, 1, 2, 3]
+
+
+def four(**settings: object) -> list[FakeWorker]:
+    return [FakeWorker(f"{role}-{n}", role, **settings) for role in ("prefill", "decode") for n in range(2)]
+
+
+def request(max_tokens: int = 40, **fields: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=PROMPT), sampling=pb.SamplingParams(max_tokens=max_tokens, seed=5), **fields
+    )
+
+
+class Reading:
+    """Reads a stream in the background and checks that indices have neither gap nor repeat."""
+
+    def __init__(self, call) -> None:
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.started: pb.Started | None = None
+        self.finished: pb.Finished | None = None
+        self.task = asyncio.create_task(self._read(call))
+
+    async def _read(self, call) -> None:
+        async for response in call:
+            if response.HasField("started"):
+                assert self.started is None
+                self.started = response.started
+            elif response.HasField("tokens"):
+                assert response.tokens.index == len(self.token_ids)
+                self.token_ids += response.tokens.token_ids
+                self.text += response.tokens.text
+            else:
+                self.finished = response.finished
+
+    async def check(self, num_tokens: int = 40) -> pb.Finished:
+        await self.task
+        assert self.token_ids == expected_output(PROMPT, num_tokens)
+        assert self.text == "".join(map(chr, self.token_ids))
+        assert self.finished is not None
+        assert self.finished.usage.completion_tokens == num_tokens
+        return self.finished
+
+
+def busy(workers: list[FakeWorker], role: str) -> FakeWorker | None:
+    return next((worker for worker in workers if worker.role == role and worker.running), None)
+
+
+def test_a_lost_decode_worker_costs_no_token() -> None:
+    async def run() -> None:
+        async with FakeCluster(four(step_s=0.005)) as cluster:
+            reading = Reading(cluster.inference.Generate(request()))
+            await eventually(lambda: len(reading.token_ids) > 8)
+            lost = busy(cluster.workers, "decode")
+            assert lost is not None
+            await lost.stop()
+            finished = await reading.check()
+            assert finished.decode_worker != lost.worker_id
+            assert finished.attempts == 2
+
+    asyncio.run(run())
+
+
+def test_a_lost_prefill_worker_is_replaced_before_the_first_token() -> None:
+    async def run() -> None:
+        async with FakeCluster(four(step_s=0.1)) as cluster:
+            reading = Reading(cluster.inference.Generate(request(5)))
+            await eventually(lambda: busy(cluster.workers, "prefill") is not None)
+            lost = busy(cluster.workers, "prefill")
+            assert lost is not None
+            await lost.stop()
+            assert (await reading.check(5)).prefill_worker != lost.worker_id
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_falls_silent_is_given_up() -> None:
+    async def run() -> None:
+        async with FakeCluster(four(step_s=0.02)) as cluster:
+            reading = Reading(cluster.inference.Generate(request()))
+            await eventually(lambda: len(reading.token_ids) > 3)
+            silent = busy(cluster.workers, "decode")
+            assert silent is not None
+            silent.frozen = True
+            assert (await reading.check()).decode_worker != silent.worker_id
+            silent.frozen = False
+            await eventually(lambda: cluster.router.pools.num_ready("decode") == 2)
+
+    asyncio.run(run())
+
+
+def test_a_worker_whose_steps_stand_still_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duopool.router.session.STALL_FACTOR", 1.0)
+
+    async def run() -> None:
+        async with FakeCluster(four(step_s=0.02)) as cluster:
+            reading = Reading(cluster.inference.Generate(request()))
+            await eventually(lambda: len(reading.token_ids) > 3)
+            stalled = busy(cluster.workers, "decode")
+            assert stalled is not None
+            stalled.stalled = True
+            assert (await reading.check()).decode_worker != stalled.worker_id
+
+    asyncio.run(run())
+
+
+def test_a_decode_worker_that_refuses_is_replaced_and_the_lease_rebound() -> None:
+    async def run() -> None:
+        async with FakeCluster(four()) as cluster:
+            refusing = cluster.workers[2:]
+            refusing[0].refuse = refusing[1].refuse = NackReason.BUSY
+            for worker in cluster.workers[:2]:
+                worker.step_s = 0.01
+            reading = Reading(cluster.inference.Generate(request(6)))
+            await eventually(lambda: any(worker.received(Reserve) for worker in refusing))
+            refusing[0].refuse = refusing[1].refuse = None
+            assert (await reading.check(6)).attempts >= 2
+
+    asyncio.run(run())
+
+
+def test_a_lease_is_given_to_another_decode_worker() -> None:
+    async def run() -> None:
+        async with FakeCluster(four()) as cluster:
+            for worker in cluster.workers[2:]:
+                worker.mute = True  # takes the request and never joins
+            reading = Reading(cluster.inference.Generate(request(6)))
+            await eventually(lambda: reading.token_ids)
+            holder = next(worker for worker in cluster.workers[2:] if worker.received(Reserve))
+            prefill = next(worker for worker in cluster.workers[:2] if worker.received(Prefill))
+            await eventually(lambda: any(beat.lease_ids for beat in prefill.received(Heartbeat)))
+            for worker in cluster.workers[2:]:
+                worker.mute = False
+            await holder.stop()
+            finished = await reading.check(6)
+            assert len(prefill.received(Rebind)) == 1
+            assert sum(len(worker.received(Prefill)) for worker in cluster.workers[:2]) == 1
+            assert finished.decode_worker != holder.worker_id
+            await eventually(lambda: not prefill.received(Heartbeat)[-1].lease_ids)
+
+    asyncio.run(run())
+
+
+def test_a_request_waits_for_a_worker_to_come_back() -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster:
+            decode = cluster.workers[1]
+            await decode.stop()
+            await eventually(lambda: cluster.router.pools.num_ready("decode") == 0)
+            reading = Reading(cluster.inference.Generate(request(6)))
+            await eventually(lambda: cluster.router.pools.num_requests == 1)
+            await decode.start()
+            await reading.check(6)
+
+    asyncio.run(run())
+
+
+def test_nobody_to_serve_is_unavailable_after_a_while() -> None:
+    async def run() -> None:
+        async with FakeCluster(route_wait_s=0.2) as cluster:
+            await cluster.workers[0].stop()
+            await eventually(lambda: cluster.router.pools.num_ready("prefill") == 0)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await cluster.inference.Generate(request()).read()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert read_status(caught.value).reason == "UNAVAILABLE"
+
+    asyncio.run(run())
+
+
+def test_a_request_that_takes_two_workers_down_is_not_tried_again() -> None:
+    async def run() -> None:
+        async with FakeCluster(four(step_s=0.02)) as cluster:
+            reading = Reading(cluster.inference.Generate(request()))
+            for wanted in (3, 6):
+                await eventually(lambda wanted=wanted: len(reading.token_ids) > wanted)
+                worker = busy(cluster.workers, "decode")
+                assert worker is not None
+                await worker.stop()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await reading.task
+            assert read_status(caught.value).reason == "WORKER_LOST"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (NackReason.TOO_LARGE, grpc.StatusCode.INVALID_ARGUMENT),
+        (NackReason.DEADLINE, grpc.StatusCode.DEADLINE_EXCEEDED),
+        (NackReason.INTERNAL, grpc.StatusCode.INTERNAL),
+        (NackReason.BUSY, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (NackReason.TRANSFER_FAILED, grpc.StatusCode.UNAVAILABLE),
+    ],
+)
+def test_a_refusal_becomes_the_fitting_code(reason: NackReason, code: grpc.StatusCode) -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster:
+            cluster.workers[0].refuse = reason
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await Reading(cluster.inference.Generate(request())).task
+            assert caught.value.code() is code
+            await eventually(lambda: cluster.workers[1].received(Cancel))
+            cluster.workers[0].refuse = None
+            await Reading(cluster.inference.Generate(request(6))).check(6)
+
+    asyncio.run(run())
+
+
+def test_a_client_continues_a_stream_with_what_it_has() -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster:
+            whole = expected_output(PROMPT, 40)
+            for num_had in (1, 17, 39, 40):
+                tokens, text = [], ""
+                had = pb.TokenIds(ids=whole[:num_had])
+                async for response in cluster.inference.Generate(request(resume_from=had)):
+                    if response.HasField("tokens"):
+                        assert response.tokens.index == num_had + len(tokens)
+                        tokens += response.tokens.token_ids
+                        text += response.tokens.text
+                assert whole[:num_had] + tokens == whole
+                assert text == "".join(map(chr, tokens))
+                assert response.finished.finish_reason == "length"
+                assert response.finished.usage.completion_tokens == 40
+
+    asyncio.run(run())
+
+
+def test_a_restarted_worker_is_a_new_member() -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster:
+            decode = cluster.workers[1]
+            await decode.stop()
+            decode.incarnation = Incarnation(decode.incarnation + 1)
+            await decode.start()
+            cluster.tell_members()
+            await eventually(lambda: cluster.router.pools.num_ready("decode") == 1)
+            await Reading(cluster.inference.Generate(request(6))).check(6)
+            assert len(cluster.router.pools.members) == 2
+
+    asyncio.run(run())
+
+
+def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
+    async def run() -> None:
+        async with FakeCluster(four(step_s=0.01)) as cluster:
+            reading = Reading(cluster.inference.Generate(request()))
+            await eventually(lambda: busy(cluster.workers, "decode") is not None)
+            draining = busy(cluster.workers, "decode")
+            assert draining is not None
+            draining.draining = True
+            cluster.tell_members()
+            others = [Reading(cluster.inference.Generate(request(6))) for _ in range(6)]
+            for other in others:
+                assert (await other.check(6)).decode_worker != draining.worker_id
+            finished = await reading.check()
+            assert (finished.decode_worker, finished.attempts) == (draining.worker_id, 1)
+
+    asyncio.run(run())
+
+
+def test_missed_news_of_a_worker_are_asked_for() -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster:
+            decode = cluster.workers[1]
+            segment = KvStoredSegment(parent=None, keys=(BlockKey(b"k" * 16),))
+            decode.say(KvChanged(sequence=5, stored=(segment,)))
+            await eventually(lambda: decode.received(SnapshotWanted))
+            assert Member(decode.worker_id, decode.incarnation) in {
+                cluster.router.pools.member_of(info) for info in cluster.router.pools.members
+            }
+
+    asyncio.run(run())
