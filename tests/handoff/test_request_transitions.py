@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from duopool.core.handoff.request import (
     Action,
@@ -157,7 +157,7 @@ class RequestMachine(RuleBasedStateMachine):
         before = self.state
         self.state, actions = transition(before, event)  # type: ignore[arg-type]
         assert self.state.attempt in (before.attempt, before.attempt + 1)
-        if before.phase is Phase.ADMITTED and self.state.phase is not Phase.ADMITTED:
+        if isinstance(event, Routed) and self.state.phase is not Phase.ADMITTED:
             self.wanted = None
         self.perform(actions)
         if before.phase.is_final:
@@ -186,6 +186,14 @@ class RequestMachine(RuleBasedStateMachine):
             self.next_incarnation += 1
             member = Member(member.worker_id, Incarnation(self.next_incarnation))
         return member
+
+    @initialize(num=st.integers(0, 12))
+    def get_going(self, num: int) -> None:
+        """Most trouble begins later in a request's life."""
+        self.route(0, 0, True)
+        for _ in range(num):
+            if self.num_heard < len(self.world.said):
+                self.hear_next(1)
 
     @precondition(lambda self: self.wanted is not None and not self.finishes)
     @rule(prefill=st.sampled_from([None, 0, 1]), decode=st.sampled_from([0, 1]), obey=st.booleans())
@@ -238,7 +246,7 @@ class RequestMachine(RuleBasedStateMachine):
 
     @rule(phase=st.sampled_from([Phase.CANCELLED, Phase.FAILED, Phase.DONE]), dice=st.integers(0, 14))
     def stop(self, phase: Phase, dice: int) -> None:
-        if dice == 0:
+        if dice == 14:
             self.feed(Stopped(phase))
 
     @invariant()
@@ -277,6 +285,15 @@ class RequestMachine(RuleBasedStateMachine):
         if not self.state.phase.is_final:
             assert (self.state.phase is Phase.ADMITTED) == (self.wanted is not None)
 
+    @invariant()
+    def no_hope_is_set_on_the_dead(self) -> None:
+        route = self.state.route
+        if self.wanted is not None and not self.finishes:
+            assert self.wanted.prefill not in self.lost
+        elif route is not None and not self.finishes:
+            assert route.decode not in self.lost
+            assert self.state.phase is Phase.DECODING or route.prefill not in self.lost
+
     def teardown(self) -> None:
         """From wherever it is, the request still ends well if nothing fails any more."""
         for _ in range(3):
@@ -296,7 +313,7 @@ class RequestMachine(RuleBasedStateMachine):
 
 
 TestRequest = RequestMachine.TestCase
-TestRequest.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRequest.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 
 
 def leased() -> tuple[RequestState, Member, Member, World]:

@@ -17,7 +17,7 @@ from duopool.engine.transfer.digest import seal
 from duopool.engine.transfer.factory import make_nixl_source
 from duopool.engine.transfer.grpc_source import add_kv_source
 from duopool.engine.transfer.in_process import InProcessNetwork
-from duopool.engine.transfer.source import KvSource
+from duopool.engine.transfer.source import KvSource, RemoteReadable
 from duopool.proto.codec import INTERNAL_CHANNEL_OPTIONS
 
 NOW = 100.0
@@ -126,6 +126,7 @@ def start_source(
     incarnation: int = 7,
     store: FakeStore | None = None,
     address: str = "127.0.0.1:0",
+    nixl: RemoteReadable | None = None,
 ) -> FakeSource:
     """A live source; for `nixl` and `grpc` it is a gRPC server on a thread of its own."""
     store = FakeStore(seed=incarnation) if store is None else store
@@ -135,7 +136,7 @@ def start_source(
         address = address.replace(":0", f":{incarnation}")
         network.listen(address, KvSource(keeper=keeper, store=store, incarnation=life))
         return FakeSource(worker, life, address, store, keeper, stop=lambda: network.hang_up(address))
-    nixl = make_nixl_source(transport, store, worker_id=worker, incarnation=life)
+    agent = make_nixl_source(transport, store, worker_id=worker, incarnation=life)
     started: threading.Event = threading.Event()
     ports: list[int] = []
     loop = asyncio.new_event_loop()
@@ -143,7 +144,7 @@ def start_source(
 
     async def serve() -> None:
         server = aio.server(options=INTERNAL_CHANNEL_OPTIONS)
-        add_kv_source(server, keeper=keeper, store=store, incarnation=life, nixl=nixl)
+        add_kv_source(server, keeper=keeper, store=store, incarnation=life, nixl=agent or nixl)
         ports.append(server.add_insecure_port(address))
         await server.start()
         started.set()
@@ -159,7 +160,7 @@ def start_source(
             loop.call_soon_threadsafe(ended.set)
             thread.join(20)
             loop.close()
-            if nixl is not None:
-                nixl.close()
+            if agent is not None:
+                agent.close()
 
     return FakeSource(worker, life, f"127.0.0.1:{ports[0]}", store, keeper, stop=stop)

@@ -11,7 +11,14 @@ import os
 from typing import Any
 
 _PACKAGES = ("nixl_cu12", "nixl_cu13")
-_SETTINGS = {"NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_LEVEL": "fatal", "UCX_WARN_UNUSED_ENV_VARS": "n"}
+_SETTINGS = {
+    # An emulated read needs P's part in it, and UCX ends P's process if D goes away meanwhile ("Endpoint timeout" in
+    # ucp_request.inl). Without emulation such a read is refused at once, and its pages go over gRPC.
+    "UCX_PROTO_EMULATION_ENABLE": "n",
+    "NIXL_LOG_LEVEL": "FATAL",
+    "UCX_LOG_LEVEL": "fatal",
+    "UCX_WARN_UNUSED_ENV_VARS": "n",
+}
 
 
 def can_load() -> bool:

@@ -11,6 +11,7 @@ Life of a read, on the transfer thread:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -79,7 +80,8 @@ class NixlReader:
         self._name = f"reader-{worker_id}-{incarnation:016x}"
         self._read_timeout_s = read_timeout_s
         self._make_agent = make_agent
-        self._agent = make_agent(store, self._name)
+        self._agent: NixlAgent | None = make_agent(store, self._name)
+        """None if a fresh agent could not be made: then everything goes over gRPC."""
         self._num_agents = 1
         self._client = SourceClient(confirm_timeout_s=confirm_timeout_s)
         self._grpc = GrpcReader(store, read_timeout_s=read_timeout_s, client=self._client)
@@ -126,8 +128,6 @@ class NixlReader:
     def close(self) -> None:
         """End all reads (their `done` gets an error), the agent and the threads."""
         with self._wake:
-            if self._closed:
-                return
             self._closed = True
             self._wake.notify()
         self._thread.join()
@@ -138,21 +138,20 @@ class NixlReader:
 
     def _run(self) -> None:
         sleep_s = SHORTEST_SLEEP_S
-        while True:
-            with self._wake:
-                busy = bool(self._in_flight or self._fenced)
-                if not self._inbox and not self._closed:
-                    self._wake.wait(sleep_s if busy else None)
-                work, self._inbox = self._inbox, []
-                if self._closed:
-                    break
-            for step in work:
-                step()
-            progress = self._poll()
-            sleep_s = SHORTEST_SLEEP_S if work or progress else min(2 * sleep_s, LONGEST_SLEEP_S)
-            if self._fenced and not self._in_flight:
-                self._replace_agent()
-        self._end(work)
+        try:
+            while not self._closed:
+                with self._wake:
+                    if not self._inbox and not self._closed:
+                        self._wake.wait(sleep_s if self._in_flight else None)
+                    work, self._inbox = self._inbox, []
+                for step in work:
+                    step()
+                progress = self._poll()
+                sleep_s = SHORTEST_SLEEP_S if work or progress else min(2 * sleep_s, LONGEST_SLEEP_S)
+                if self._fenced and not self._in_flight:
+                    self._replace_agent()
+        finally:  # closed, or a bug: no read may wait forever
+            self._end()
 
     def _begin(self, read: _Read) -> None:
         if self._closed:
@@ -206,7 +205,7 @@ class NixlReader:
         if description is None:
             peer.waiting.append(read)
             return
-        if not description.agent_metadata or peer.num_failures >= MAX_FAILURES:
+        if self._agent is None or not description.agent_metadata or peer.num_failures >= MAX_FAILURES:
             self._read_over_grpc(read)
             return
         if any(not 0 <= block.block_id < description.num_blocks for block in read.sources):
@@ -234,7 +233,7 @@ class NixlReader:
         now, before = time.monotonic(), len(self._in_flight)
         for read in tuple(self._in_flight):
             try:
-                if self._agent.is_done(read.transfer):
+                if self._agent is not None and self._agent.is_done(read.transfer):
                     self._in_flight.remove(read)
                     self._arrived(read)
                 elif now >= read.late_at:
@@ -268,7 +267,8 @@ class NixlReader:
         """Nothing healthy is in flight: end what may still write, then go on with a fresh agent."""
         self._take_agent_down()
         self._num_agents += 1
-        self._agent = self._make_agent(self._store, f"{self._name}-{self._num_agents}")
+        with contextlib.suppress(TransferFailed):
+            self._agent = self._make_agent(self._store, f"{self._name}-{self._num_agents}")
         fenced, self._fenced = self._fenced, []
         held_back, self._held_back = self._held_back, []
         for read in fenced:
@@ -280,7 +280,9 @@ class NixlReader:
             self._begin(read)
 
     def _take_agent_down(self) -> None:
-        self._agent.close()
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
         for read in (*self._in_flight, *self._fenced):
             read.transfer = None
         for peer in self._peers.values():
@@ -290,7 +292,7 @@ class NixlReader:
         peer = self._peers.pop(peer_id)
         for read in peer.waiting:
             self._finish(read, "the source was replaced")
-        if peer.connection is not None:
+        if peer.connection is not None and self._agent is not None:
             self._agent.disconnect(peer.connection)
 
     def _read_over_grpc(self, read: _Read) -> None:
@@ -302,7 +304,10 @@ class NixlReader:
     def _finish(self, read: _Read, error: str) -> None:
         self._checks.submit(lambda: read.done(ReadOutcome(error=error)))
 
-    def _end(self, work: list[Callable[[], None]]) -> None:
+    def _end(self) -> None:
+        with self._wake:
+            self._closed = True
+            work, self._inbox = self._inbox, []
         self._take_agent_down()
         reads = [*self._in_flight, *self._fenced, *self._held_back]
         self._in_flight, self._fenced, self._held_back = [], [], []
