@@ -94,6 +94,7 @@ class DecodeScheduler:
         for queue in (self.waiting, self.running):
             assert [one.order for one in queue] == sorted({one.order for one in queue})
         assert all(one.phase is DecodePhase.WAITING and not self._manager.has(one.table) for one in self.waiting)
+        assert not any(one.num_computed_tokens for one in self.waiting)
         assert all(one.phase is DecodePhase.RUNNING and self._manager.has(one.table) for one in self.running)
         assert all(self._manager.has(one.table) for one in self.pulling)
         assert len(self.pulling) + len(self.running) <= self._config.max_num_seqs

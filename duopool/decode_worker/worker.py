@@ -145,7 +145,7 @@ class DecodeWorker:
                     self._nack(request, NackReason.STALE, "the router was silent for too long")
             self._tombstones.sweep(now=now)
             self._outbox.sweep(now=now, limit_s=self._timers.orphan_ttl_s)
-            self._outbox.say_to_all(self._load())
+            self._outbox.say_load(self._load())
 
     def take_events(self) -> tuple[Addressed, ...]:
         with self._lock:
@@ -349,7 +349,7 @@ class DecodeWorker:
             request.is_in_step = False
             self._commit_chunk(request, chunk, result, now=now)
         self._outbox.say_kv_changes(self._manager)
-        self._outbox.say_to_all(self._load())
+        self._outbox.say_load(self._load())
 
     def _commit_chunk(self, request: DecodeRequest, chunk: Chunk, result: StepResult, *, now: float) -> None:
         request.num_computed_tokens += len(chunk.token_ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from duopool.core.kv_events import net_changes
 from duopool.core.kv_manager import KVCacheManager
-from duopool.core.messages import Event, KvChanged, KvSnapshot, KvStoredSegment
+from duopool.core.messages import Event, KvChanged, KvSnapshot, KvStoredSegment, WorkerLoad
 from duopool.core.worker import Addressed, SessionId
 
 
@@ -21,6 +21,8 @@ class Outbox:
         self._heard_at: dict[SessionId, float] = {}
         """When each session gave its last sign of life; closed ones stay until they are swept."""
         self._sequence = 0
+        self._load: WorkerLoad | None = None
+        """What every session was told last."""
 
     def open(self, session: SessionId, *, now: float) -> None:
         self._open.add(session)
@@ -54,6 +56,12 @@ class Outbox:
         """To every session."""
         if self._open:
             self._events.append(Addressed(None, event))
+
+    def say_load(self, load: WorkerLoad) -> None:
+        """Tell every session how busy the worker is, unless nothing has changed."""
+        if load != self._load:
+            self._load = load
+            self.say_to_all(load)
 
     def say_kv_changes(self, manager: KVCacheManager) -> None:
         """Tell every session what became cached and what was evicted since the last call."""

@@ -514,7 +514,7 @@ class PrefillWorker:
 
     def _report(self) -> None:
         self._outbox.say_kv_changes(self._manager)
-        self._outbox.say_to_all(self._load())
+        self._outbox.say_load(self._load())
 
     def _load(self) -> WorkerLoad:
         return WorkerLoad(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from worker_fakes import BLOCK_SIZE, Pair, expected_stream, make_pair
 
-from duopool.core.messages import Accepted, BlocksReady, Joined, Nack, Prefill, Reserved, Tokens
+from duopool.core.messages import Accepted, BlocksReady, Joined, Nack, Prefill, Reserve, Reserved, Tokens
 
 PREFIX = list(range(10, 10 + 5 * BLOCK_SIZE))
 
@@ -108,6 +108,17 @@ def test_prompt_logprobs_cover_every_prompt_token_once_and_use_no_cache(budget: 
     later = [event for event in pair.events if isinstance(event, Tokens)]
     assert later
     assert not any(event.prompt_logprobs for event in later)
+
+
+def test_a_local_prompt_that_is_all_cached_computes_its_last_token() -> None:
+    pair = make_pair()
+    for name in ("r0", "r1"):
+        request = pair.request(name, PREFIX, max_tokens=3, ignore_eos=True)
+        pair.to_decode(Reserve(request=request, attempt=1, local_prefill=True))
+        pair.run()
+        assert pair.streams[name] == expected_stream(PREFIX, request.params)
+    assert pair.decode.load().num_computed_tokens == (20 + 2) + (BLOCK_SIZE + 2)
+    pair.assert_nothing_is_held()
 
 
 def test_cached_blocks_give_way_to_a_prompt_that_needs_the_room() -> None:
