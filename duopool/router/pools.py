@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from duopool.core.config import RouterConfig
-from duopool.core.handoff.request import Member, Route
+from duopool.core.errors import DuopoolError
+from duopool.core.handoff.request import Member, Phase, Route
 from duopool.core.messages import (
     Accepted,
     BlocksReady,
@@ -37,6 +39,8 @@ from duopool.router.policy import Candidate, Decision, choose, choose_decode
 from duopool.router.prefix_index import PrefixIndex
 from duopool.router.session import Session, SessionState
 
+log = logging.getLogger(__name__)
+
 RequestMessage = Accepted | BlocksReady | Reserved | Joined | Tokens | Nack
 
 
@@ -49,6 +53,8 @@ class Life(Protocol):
     def hear(self, member: Member, message: RequestMessage) -> None: ...
 
     def lose(self, member: Member) -> None: ...
+
+    def stop(self, phase: Phase, error: DuopoolError | None = None) -> None: ...
 
     def try_route(self) -> None:
         """Somebody came back or joined: look for a route again, if one is wanted."""
@@ -266,7 +272,12 @@ class Pools:
         life = self._lives.get(message.request_id)
         if life is not None:
             self.loads.heard(member, message.request_id)
-            life.hear(member, message)
+            try:
+                life.hear(member, message)
+            except Exception:
+                # A mistake of ours must cost one request, not all that share the session.
+                log.exception("request %s failed", life.request_id)
+                life.stop(Phase.FAILED, DuopoolError("internal error; the router's log has more"))
         elif not isinstance(message, Nack) and not (isinstance(message, Tokens) and message.finish_reason):
             # A sign of life of a request that has ended here: the first Cancel may have been lost.
             self.send(member, Cancel(request_id=message.request_id, attempt=message.attempt))

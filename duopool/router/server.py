@@ -29,6 +29,7 @@ from duopool.router.tokenizer import Tokenizer
 LOOPBACK = "127.0.0.1"
 NUM_TOKENIZER_THREADS = 2
 STOP_GRACE_S = 2.0
+KEEPALIVE_MS = 20_000
 _SERVICES = {name: inference_pb2.DESCRIPTOR.services_by_name[name] for name in ("Inference", "Admin")}
 
 
@@ -101,6 +102,9 @@ class RouterServer:
             options=(
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
+                # A client whose machine vanished is noticed although nothing arrives from it.
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
             )
         )
         server.add_generic_rpc_handlers(

@@ -61,6 +61,10 @@ class _Broken(Exception):
     """The stream cannot go on."""
 
 
+_EXPECTED = (grpc.RpcError, _Broken, msgspec.ValidationError, msgspec.DecodeError)
+"""What a worker or the network does; anything else is a mistake of ours."""
+
+
 class Session:
     """`run` keeps the session up until it is cancelled."""
 
@@ -100,9 +104,12 @@ class Session:
         while True:
             try:
                 await self._converse()
-            except* (grpc.RpcError, _Broken, msgspec.ValidationError, msgspec.DecodeError) as errors:
-                reason = _reason(errors.exceptions[0])
-                if self.is_ready:
+            except* Exception as errors:
+                error = errors.exceptions[0]
+                reason = _reason(error)
+                if not isinstance(error, _EXPECTED):
+                    log.error("session with %s failed", self.member.worker_id, exc_info=error)
+                elif self.is_ready:
                     log.warning("worker %s is lost: %s", self.member.worker_id, reason)
                     backoff_s = FIRST_BACKOFF_S
                 self._lose(reason)

@@ -219,7 +219,7 @@ def test_a_deadline_ends_the_request_everywhere() -> None:
             await eventually(lambda: len(cluster.workers[1].running) == 1)
             deadlines = [reserve.deadline_s for reserve in cluster.workers[1].received(Reserve)]
             assert deadlines[0] is None
-            assert 0 < deadlines[1] <= 0.3
+            assert 0 < deadlines[1] < 1
             await beside
 
     asyncio.run(run())
