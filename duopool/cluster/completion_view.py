@@ -68,7 +68,7 @@ class StreamView:
 
 
 def stage_table(titles: Sequence[str], records: Sequence[Completion]) -> Table:
-    """One row per request. Times are the router's and the workers', in milliseconds; MB is the KV that was pulled; ITL is
+    """One row per request. Times are what router and workers measured, in milliseconds; MB is the KV pulled; ITL is
     the mean time between tokens as they came here, and tokens per second follow from it.
     """
     table = Table(header_style="bold", title="times in ms", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)

@@ -107,6 +107,12 @@ class Supervisor:
         )
         return ClusterView(members=members, wanted=dict(self.wanted))
 
+    def check(self, *, timeout_s: float) -> None:
+        """Have every worker prove its invariants; raises AssertionError. May be called from any thread."""
+        for place in list(self._places.values()):
+            if place.process is not None and place.info is not None:
+                place.process.check(timeout_s=timeout_s)
+
     def stop_all(self) -> None:
         """End every worker at once."""
         for place in self._places.values():

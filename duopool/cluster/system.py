@@ -24,7 +24,7 @@ from duopool.cluster.router_link import RouterLink
 from duopool.cluster.router_process import Listening, RouterProcess
 from duopool.cluster.supervisor import Supervisor
 from duopool.cluster.worker_process import RayWorkerProcess
-from duopool.core.config import ModelConfig
+from duopool.core.config import ModelConfig, TransportName
 from duopool.core.errors import DuopoolError
 from duopool.core.types import Role, WorkerId
 from duopool.engine.model_source import resolve_model
@@ -96,6 +96,11 @@ class System:
         return f"{LOOPBACK if host in ('0.0.0.0', '::', '') else host}:{self.port}"
 
     @property
+    def transport(self) -> TransportName:
+        """The transport that was asked for."""
+        return self._config.handoff.transport
+
+    @property
     def router_pid(self) -> int:
         """Process id of the router now."""
         return self._router.pid
@@ -108,6 +113,10 @@ class System:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the system is stopped or its supervisor failed; False if the time passed first."""
         return self._is_stopping.wait(timeout_s)
+
+    def check(self) -> None:
+        """Have every worker prove its invariants; raises AssertionError naming what is wrong."""
+        self._supervisor.check(timeout_s=30.0)
 
     def stop(self) -> None:
         """Take everything down. Safe to call twice."""

@@ -22,7 +22,7 @@ class ProcessGone(Exception):
 
 
 class WorkerProcess(Protocol):
-    """A started worker. No call waits; every call but `kill` may raise ProcessGone."""
+    """A started worker. No call but `check` waits; all but `kill` may raise ProcessGone."""
 
     def poll_start(self) -> WorkerInfo | None:
         """The worker's registration once it listens; None before."""
@@ -42,6 +42,10 @@ class WorkerProcess(Protocol):
 
     def kill(self) -> None:
         """End it now. Never raises."""
+        ...
+
+    def check(self, *, timeout_s: float) -> None:
+        """Wait until it has proved its invariants; raises AssertionError naming what is wrong."""
         ...
 
 
@@ -91,6 +95,14 @@ class RayWorkerProcess:
         if self._process is not None:
             with contextlib.suppress(psutil.Error):
                 self._process.kill()
+
+    def check(self, *, timeout_s: float) -> None:
+        try:
+            self._ray.get(self._actor.check.remote(), timeout=timeout_s)
+        except self._ray.exceptions.RayTaskError as error:
+            raise AssertionError(str(error)) from error
+        except self._ray.exceptions.RayError as error:
+            raise ProcessGone(str(error)) from error
 
     def _answer(self, reference: Any) -> Any:
         """Result of a call, or None while it is under way."""

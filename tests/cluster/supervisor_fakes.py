@@ -64,6 +64,9 @@ class FakeProcess:
     def kill(self) -> None:
         self.was_killed = True
 
+    def check(self, *, timeout_s: float) -> None:
+        self._must_live()
+
 
 @dataclass
 class FakeSpawner:

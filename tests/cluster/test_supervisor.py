@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -97,7 +99,7 @@ def test_the_pause_before_a_replacement_doubles_up_to_its_limit() -> None:
             if process.info.worker_id == "decode-0":
                 births.append(stage.now)
                 process.is_dead = True
-    pauses = [later - earlier for earlier, later in zip(births, births[1:], strict=False)]
+    pauses = [later - earlier for earlier, later in pairwise(births)]
     for pause, expected in zip(pauses, [1, 2, 4, 8, 8, 8], strict=False):
         assert expected <= pause <= expected + 0.5
     assert len(pauses) >= 5

@@ -1,0 +1,54 @@
+"""One reference of the real model per test run, and a fence around every system: nothing may outlive it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from reference import Reference
+from remains import Remains
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    """SmolLM2 in float32, run by transformers itself."""
+    return Reference()
+
+
+@pytest.fixture(scope="module")
+def nothing_remains() -> Iterator[Remains]:
+    """Compare processes and folders before and after a module's systems."""
+    remains = Remains()
+    yield remains
+    remains.check()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two layers of random weights and SmolLM2's tokenizer: loads in a moment."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from duopool.engine.model_source import resolve_model
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2").folder)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

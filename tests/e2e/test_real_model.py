@@ -1,0 +1,151 @@
+"""The real model through router, prefill and decode worker gives token for token what transformers gives alone."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from calls import Load, complete, greedy_request, has_workers, is_at_rest, scale, wait_for
+from reference import MAX_TOKENS, Reference
+from remains import Remains
+
+from duopool.cluster.config import ClusterConfig
+from duopool.cluster.system import System
+from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig, SchedulerConfig, TransportName
+from duopool.proto import inference_pb2 as pb
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(290)]
+
+BLOCK = 16
+CHUNKS: dict[TransportName, int] = {"grpc": 128, "nixl": 512}
+"""Token budget of a step under each transport."""
+
+
+@pytest.fixture(scope="module", params=["grpc", "nixl"])
+def system(request: pytest.FixtureRequest, nothing_remains: Remains) -> Iterator[System]:
+    transport: TransportName = request.param
+    if transport == "nixl":
+        pytest.importorskip("nixl_cu12")
+    config = ClusterConfig(
+        port=0,
+        model=ModelConfig(dtype="float32"),
+        cache=CacheConfig(block_size=BLOCK, num_blocks=1200),
+        scheduler=SchedulerConfig(max_num_batched_tokens=CHUNKS[transport]),
+        handoff=HandoffConfig(transport=transport),
+    )
+    with System.start(config) as running:
+        nothing_remains.watch(running.address)
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _every_block_comes_back(system: System) -> Iterator[None]:
+    yield
+    wait_for(system.address, is_at_rest)
+    system.check()
+
+
+def test_all_at_once_cold_and_then_from_cached_prefixes(system: System, reference: Reference) -> None:
+    prompts = reference.prompts()
+    requests = [greedy_request(prompt, max_tokens=MAX_TOKENS) for prompt in prompts]
+    cold = complete(system.address, requests)
+    assert [tuple(record.token_ids) for record in cold] == [reference.greedy(prompt) for prompt in prompts]
+    pulled = [r.finished.times.transfer_blocks for r in cold if r.finished is not None]
+    assert max(pulled) == math.ceil(max(len(prompt) for prompt in prompts) / BLOCK)
+
+    cached = complete(system.address, requests)
+    assert [record.token_ids for record in cached] == [record.token_ids for record in cold]
+    for prompt, record in zip(prompts, cached, strict=True):
+        assert record.finished is not None
+        # The last token is always computed, since its logits are needed.
+        assert record.finished.usage.cached_tokens == (len(prompt) - 1) // BLOCK * BLOCK
+
+
+def test_one_after_another_cold_and_then_cached(system: System, reference: Reference) -> None:
+    for prompt in reference.prompts()[4::4]:
+        request = greedy_request(prompt, max_tokens=MAX_TOKENS, salt=b"alone")
+        for _ in range(2):
+            (record,) = complete(system.address, [request])
+            assert tuple(record.token_ids) == reference.greedy(prompt)
+
+
+def test_a_shared_prefix_is_neither_computed_nor_pulled_again(system: System, reference: Reference) -> None:
+    shared = reference.words(900, 20 * BLOCK)
+    first, second = shared + reference.words(40, 90), shared + reference.words(400, 90)
+    complete(system.address, [greedy_request(first, max_tokens=MAX_TOKENS, salt=b"prefix")])
+    before = {worker.role: worker for worker in wait_for(system.address, is_at_rest).workers}
+    (record,) = complete(system.address, [greedy_request(second, max_tokens=MAX_TOKENS, salt=b"prefix")])
+    after = {worker.role: worker for worker in wait_for(system.address, is_at_rest).workers}
+    assert tuple(record.token_ids) == reference.greedy(second)
+    assert record.finished is not None
+    assert record.finished.prefill_worker == "prefill-0"
+    assert record.finished.usage.cached_tokens == len(shared)
+    assert after["prefill"].computed_tokens - before["prefill"].computed_tokens == len(second) - len(shared)
+    missing = math.ceil(len(second) / BLOCK) - len(shared) // BLOCK
+    assert after["decode"].pulled_blocks - before["decode"].pulled_blocks == missing
+    assert record.finished.times.transfer_blocks == missing
+    # Of the output, all but the first token were computed on D, and of the prompt none.
+    assert after["decode"].computed_tokens - before["decode"].computed_tokens == MAX_TOKENS - 1
+
+
+def test_tokens_come_one_by_one(system: System, reference: Reference) -> None:
+    (record,) = complete(system.address, [greedy_request(reference.words(33, 100), max_tokens=32, salt=b"steps")])
+    assert len(record.token_ids) == 32
+    assert len(set(record.arrivals)) > 24, "most tokens come in messages of their own"
+
+
+def test_a_seeded_sample_is_the_same_alone_and_in_a_batch(system: System, reference: Reference) -> None:
+    def request(at: int) -> pb.GenerateRequest:
+        sampling = pb.SamplingParams(max_tokens=12, temperature=1.0, top_p=0.95, top_k=200, seed=at, ignore_eos=True)
+        prompt = reference.words(31 * at, 70 + 9 * at)
+        return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling, cache_salt=b"sampled")
+
+    together = complete(system.address, [request(at) for at in range(6)])
+    alone = [complete(system.address, [request(at)])[0] for at in (0, 3, 5)]
+    assert [record.token_ids for record in alone] == [together[at].token_ids for at in (0, 3, 5)]
+    assert len({tuple(record.token_ids) for record in together}) == 6
+
+
+def test_pools_grow_lose_workers_and_shrink_under_load(system: System, reference: Reference) -> None:
+    if system.transport != "nixl":
+        pytest.skip("once is enough")
+    prompts = [reference.words(50 * at, 66 + 20 * at) for at in range(4)]
+    expected = [reference.greedy(prompt) for prompt in prompts]
+    everyone = {"prefill-0", "prefill-1", "decode-0", "decode-1"}
+    with Load(system.address, prompts, expected) as load:
+        scale(system.address, prefill=2, decode=2)
+        grown = wait_for(system.address, has_workers(everyone))
+        load.wait_until_served_by(everyone)
+        victims = {worker.pid for worker in grown.workers if worker.worker_id in ("prefill-0", "decode-0")}
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(system.address, lambda now: not victims & {worker.pid for worker in now.workers})
+        healed = wait_for(system.address, has_workers(everyone))
+        assert not victims & {worker.pid for worker in healed.workers}
+        scale(system.address, prefill=1, decode=1)
+        wait_for(system.address, has_workers({"prefill-0", "decode-0"}))
+    assert load.wrong == []
+
+
+def test_a_killed_router_comes_back_at_its_port(system: System, reference: Reference) -> None:
+    if system.transport != "nixl":
+        pytest.skip("once is enough")
+    victim = system.router_pid
+    os.kill(victim, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while system.router_pid in (0, victim) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    prompt = reference.words(11, 77)
+    while True:
+        try:
+            wait_for(system.address, has_workers({"prefill-0", "decode-0"}))
+            break
+        except Exception:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    (record,) = complete(system.address, [greedy_request(prompt, max_tokens=MAX_TOKENS)])
+    assert tuple(record.token_ids) == reference.greedy(prompt)
