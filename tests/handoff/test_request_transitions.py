@@ -356,3 +356,43 @@ def test_two_dead_workers_end_a_request_that_may_be_poison() -> None:
     state, actions = transition(state, Lost(other))
     assert state.phase is Phase.FAILED
     assert Send(p, Cancel(request_id=REQUEST_ID, attempt=2)) in actions
+
+
+def without_decode_worker() -> tuple[RequestState, Member]:
+    """Back without a route, while `p` still keeps the finished work."""
+    state, p, d, _ = leased()
+    state, _ = transition(state, Lost(d))
+    assert state.phase is Phase.ADMITTED
+    return state, p
+
+
+def test_a_lease_is_cancelled_when_the_request_ends_without_a_route() -> None:
+    state, p = without_decode_worker()
+    state, actions = transition(state, Stopped(Phase.CANCELLED))
+    assert actions == (Send(p, Cancel(request_id=REQUEST_ID, attempt=1)), Finish(Phase.CANCELLED))
+
+
+def test_a_lease_is_cancelled_when_the_next_route_does_without_it() -> None:
+    state, p = without_decode_worker()
+    other = Member(WorkerId("p2"), Incarnation(4))
+    state, actions = transition(state, Routed(Route(prefill=other, decode=Member(WorkerId("d2"), Incarnation(3)))))
+    assert actions[0] == Send(p, Cancel(request_id=REQUEST_ID, attempt=1))
+    assert [type(action.command) for action in actions if isinstance(action, Send)] == [Cancel, Prefill, Reserve]
+
+
+def test_a_lost_lease_asks_for_a_whole_route_again() -> None:
+    state, p = without_decode_worker()
+    state, actions = transition(state, Lost(p))
+    assert [type(action) for action in actions] == [NeedRoute]
+    assert isinstance(actions[0], NeedRoute)
+    assert actions[0].prefill is None
+    assert p in actions[0].excluded
+
+
+def test_a_prefill_worker_cannot_refuse_what_is_decoding() -> None:
+    state, p, d, world = leased()
+    joined = Joined(request_id=REQUEST_ID, attempt=1, num_pulled_blocks=4, num_pulled_bytes=4, transfer_s=0.0)
+    state, _ = transition(state, Heard(d, joined))
+    for member, nack in world.refusals:
+        if member == p:
+            assert transition(state, Heard(p, nack)) == (state, ())
