@@ -150,6 +150,9 @@ def start_source(
         started.set()
         await ended.wait()
         await server.stop(None)
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        if calls:
+            await asyncio.wait(calls, timeout=1)  # cancelled ones end here, not with the interpreter
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), name="fake-source")
     thread.start()
