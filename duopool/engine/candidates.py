@@ -16,7 +16,8 @@ from torch import Tensor
 from duopool.core.sampling_params import SamplingParams
 
 SHORT_LIST = 1024
-"""Tokens looked at before a whole row is sorted; most nuclei are smaller."""
+LONG_LIST = 8192
+"""How many of a row's best tokens are looked at, first and then, before the whole row is sorted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +58,18 @@ def _bounds(scaled_RV: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor
     vocab_size = scaled_RV.shape[1]
     k = torch.tensor([_top_k(each, vocab_size) for each in params], device=scaled_RV.device).unsqueeze(1)
     widest = max(_top_k(each, vocab_size) for each in params)
-    width = min(vocab_size, max(SHORT_LIST, widest if widest < vocab_size else 0))
-    while True:
+    # Top-k everywhere says how many values can matter, and one more shows whether the last has an equal; else the lists
+    # grow until they hold every row's nucleus.
+    widths = [width for width in (SHORT_LIST, LONG_LIST) if width < vocab_size]
+    if widest < vocab_size:
+        widths = [min(widest + 1, vocab_size)]
+    for width in widths:
         ordered, order = scaled_RV.topk(width, dim=1)
         bounds, is_enough = _bounds_within(scaled_RV, ordered, k, params)
-        if width == vocab_size or is_enough:
+        if is_enough:
             return bounds, ordered, order
-        width = vocab_size
+    ordered, order = scaled_RV.sort(dim=1, descending=True)
+    return _bounds_within(scaled_RV, ordered, k, params)[0], ordered, order
 
 
 def _bounds_within(
@@ -82,8 +88,8 @@ def _bounds_within(
 
     # The nucleus is taken of what min-p and top-k leave; its mass is summed over the whole row, so that the bound does
     # not depend on how many values this batch looks at.
-    weights = ordered_RK.double().exp().masked_fill_(ordered_RK < bounds, 0.0)
-    total = scaled_RV.double().exp().masked_fill_(scaled_RV < bounds, 0.0).sum(dim=1, keepdim=True)
+    weights = ordered_RK.exp().double().masked_fill_(ordered_RK < bounds, 0.0)
+    total = scaled_RV.exp().masked_fill_(scaled_RV < bounds, 0.0).sum(dim=1, keepdim=True, dtype=torch.float64)
     is_listed = bounds >= ordered_RK[:, -1:]
     before = weights.cumsum(dim=1) - weights
     kept = (before < top_p * total).sum(dim=1, keepdim=True)

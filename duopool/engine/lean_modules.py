@@ -56,7 +56,7 @@ class LeanRMSNorm(nn.Module):
     def __init__(self, original: Any) -> None:
         super().__init__()
         self.weight: Tensor = original.weight.detach()
-        self.eps = float(getattr(original, "variance_epsilon", getattr(original, "eps", None)))
+        self.eps = float(original.variance_epsilon if hasattr(original, "variance_epsilon") else original.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.rms_norm(x, (x.shape[-1],), self.weight, self.eps)

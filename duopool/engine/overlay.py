@@ -57,13 +57,13 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and ops.linear_is_worthwhile(module.weight.dtype)
 
 
-def _width(name: str) -> Callable[[nn.Module], int]:
-    return lambda module: int(module.get_submodule(name).weight.shape[-1])  # type: ignore[operator, union-attr]
+def _width(prefix: str) -> Callable[[nn.Module], int]:
+    return lambda module: int(module.get_parameter(f"{prefix}weight").shape[-1])
 
 
 OVERLAYS = (
     Overlay(matches=_is_llama_attention, make=LeanAttention, in_features=None),
-    Overlay(matches=_is_gated_mlp, make=LeanGatedMLP, in_features=_width("gate_proj")),
+    Overlay(matches=_is_gated_mlp, make=LeanGatedMLP, in_features=_width("gate_proj.")),
     Overlay(matches=_is_rms_norm, make=LeanRMSNorm, in_features=_width("")),
     Overlay(matches=_is_linear, make=lambda module: LeanLinear([module]), in_features=_width("")),  # type: ignore[list-item]
 )

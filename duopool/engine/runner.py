@@ -138,7 +138,8 @@ class ModelRunner:
                 logits_to_keep=batch.logits_rows,
             )
         logits: Tensor = output.logits[0]
-        return logits
+        # A family that does not know `logits_to_keep` gives every row.
+        return logits if len(logits) == len(batch.logits_rows) else logits[batch.logits_rows]
 
 
 def _score(logits_RV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:

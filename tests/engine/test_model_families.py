@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,9 @@ def test_prompt_logprobs_equal_eager_for_every_chunking(family: str) -> None:
                     )
                 )
             result = runner.execute(StepPlan(chunks=tuple(chunks)))
+            # The same step with logits for the sampled rows alone.
+            short = runner.execute(StepPlan(chunks=tuple(replace(chunk, prompt_logprobs=None) for chunk in chunks)))
+            assert {r: t.token_id for r, t in short.tokens.items()} == {r: t.token_id for r, t in result.tokens.items()}
             for request, entries in result.prompt_logprobs.items():
                 found[int(request)].extend(entry.logprob for entry in entries)
             for request, token in result.tokens.items():
