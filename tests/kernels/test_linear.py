@@ -70,6 +70,17 @@ def test_inputs_too_deep_for_one_slice(isa: Isa, weight_dtype: torch.dtype) -> N
 
 
 @needs_library
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name.lower())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_whole_numbers_are_exact_and_rounded_once_to_even(isa: Isa, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(-30, 31, (40, 90), generator=generator).to(dtype)
+    weight = torch.randint(-30, 31, (50, 90), generator=generator).bfloat16()
+    packed = cpu.pack(weight, cpu.ANY_ROWS, compiled(isa))
+    assert torch.equal(cpu.linear(compiled(isa), x, packed, None), (x.long() @ weight.long().t()).float().to(dtype))
+
+
+@needs_library
 def test_not_a_number_stays_one_and_touches_no_other_row() -> None:
     x = torch.ones(9, 20).bfloat16()
     x[4, 3] = float("nan")

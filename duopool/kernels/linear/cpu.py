@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from duopool.kernels.cpu_library import CpuLibrary, num_threads
+from duopool.kernels.cpu_library import CpuLibrary, Isa, num_threads
 from duopool.kernels.linear.packed_weight import PackedWeight
 
 FEW_ROWS = 8
@@ -19,9 +19,12 @@ ANY_ROWS = 1 << 62
 
 def most_rows(dtype: torch.dtype, cpu: CpuLibrary | None) -> int:
     """Up to how many rows the packed kernel beats torch's own product for a weight of `dtype`; 0: never."""
-    if cpu is None or dtype != torch.bfloat16:
+    if cpu is None:
         return 0
-    return FEW_ROWS if cpu.torch_has_bfloat16_products else ANY_ROWS
+    if dtype == torch.bfloat16:
+        return FEW_ROWS if cpu.torch_has_bfloat16_products else ANY_ROWS
+    # In float32 measured on AVX2 alone: ahead up to 128 rows, level beyond.
+    return ANY_ROWS if dtype == torch.float32 and cpu.isa == Isa.AVX2 else 0
 
 
 def pack(weight: Tensor, rows: int, cpu: CpuLibrary) -> PackedWeight:
