@@ -12,7 +12,7 @@ import typer
 from google.protobuf.json_format import MessageToJson
 from rich.table import Table
 
-from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, clear_errors, err, out
+from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, clear_errors, complain, out
 from duopool.proto import inference_pb2 as pb
 from duopool.proto import inference_pb2_grpc
 
@@ -100,7 +100,7 @@ def _parse_sizes(sizes: list[str]) -> dict[str, int]:
     for text in sizes:
         name, _, number = text.partition("=")
         if not name or not number.isdecimal():
-            err.print(f"[red]error:[/red] {text!r}: expected POOL=N, such as decode=3", highlight=False)
+            complain(f"{text!r}: expected POOL=N, such as decode=3")
             raise typer.Exit(EXIT_USAGE)
         pools[name] = int(number)
     return pools
@@ -121,7 +121,7 @@ def _wait_until(admin: Any, wait_s: float, is_done: Callable[[pb.ClusterStateRes
     while not is_done(state := admin.ClusterState(pb.ClusterStateRequest(), timeout=CALL_TIMEOUT_S)):
         if time.monotonic() > deadline:
             out.print(worker_table(state))
-            err.print(f"[red]error:[/red] it has not happened within {wait_s:.0f} s", highlight=False)
+            complain(f"it has not happened within {wait_s:.0f} s")
             raise typer.Exit(EXIT_FAILED)
         time.sleep(POLL_S)
     out.print(worker_table(state))

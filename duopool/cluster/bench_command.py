@@ -25,7 +25,7 @@ from duopool.cluster.machine import describe_machine
 from duopool.cluster.measure import Measurement, measure, median_of
 from duopool.cluster.serve_command import DType, TransportChoice
 from duopool.cluster.system import System
-from duopool.cluster.terminal import EXIT_FAILED, clear_errors, describe, err, out, progress, set_up_logging
+from duopool.cluster.terminal import EXIT_FAILED, clear_errors, complain, describe, err, out, progress, set_up_logging
 from duopool.cluster.workloads import WORKLOADS, Burst, bursts, warm_up
 from duopool.core.config import HandoffConfig, ModelConfig
 
@@ -120,7 +120,7 @@ async def _run(address: str, burst: Burst) -> list[Completion]:
     for record in records:
         if record.finished is None:
             said = describe(record.error) if record.error is not None else "a stream ended early"
-            err.print(f"[red]error:[/red] {burst.name}: {said}", highlight=False, soft_wrap=True)
+            complain(f"{burst.name}: {said}")
             raise typer.Exit(EXIT_FAILED)
     return records
 

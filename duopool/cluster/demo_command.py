@@ -14,7 +14,7 @@ from duopool.cluster.completions import complete_all
 from duopool.cluster.config import ClusterConfig
 from duopool.cluster.demo_prompts import demo_requests
 from duopool.cluster.system import System
-from duopool.cluster.terminal import EXIT_FAILED, clear_errors, err, out, progress, set_up_logging
+from duopool.cluster.terminal import EXIT_FAILED, clear_errors, complain, out, progress, set_up_logging
 from duopool.core.config import ModelConfig
 
 
@@ -42,7 +42,7 @@ def demo(
     out.print(stage_table(titles, records))
     num_finished = sum(record.finished is not None for record in records)
     if num_finished < len(records):
-        err.print(f"[red]error:[/red] {len(records) - num_finished} of {len(records)} requests failed")
+        complain(f"{len(records) - num_finished} of {len(records)} requests failed")
         raise typer.Exit(EXIT_FAILED)
     out.print(f"{num_finished} requests finished; everything is stopped", highlight=False)
 

@@ -13,7 +13,7 @@ from google.protobuf.json_format import MessageToDict
 
 from duopool.cluster.admin_commands import DEFAULT_ADDRESS, Address
 from duopool.cluster.completions import Completion, complete_all
-from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, describe, err, fail_with
+from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, complain, describe, fail_with
 from duopool.proto import inference_pb2 as pb
 
 
@@ -76,12 +76,12 @@ def generate(
     failed = [record for record in records if record.error is not None]
     for record in failed[:-1]:
         assert record.error is not None
-        err.print(f"[red]error:[/red] {describe(record.error)}", highlight=False, soft_wrap=True)
+        complain(f"{describe(record.error)}")
     if failed:
         assert failed[-1].error is not None
         fail_with(failed[-1].error, address)
     if any(record.finished is None for record in records):
-        err.print("[red]error:[/red] a stream ended without its last message", highlight=False)
+        complain("a stream ended without its last message")
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -163,5 +163,5 @@ def _print(records: list[Completion], *, as_json: bool, streamed: bool) -> None:
 
 
 def _usage(field: str, message: str) -> NoReturn:
-    err.print(f"[red]error:[/red] {field}: {message}", highlight=False, soft_wrap=True)
+    complain(f"{field}: {message}")
     raise typer.Exit(EXIT_USAGE)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from duopool.cluster.janitor import Janitor
 
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing large ever goes through Ray's object store; this is close to the least that Ray accepts."""
@@ -39,16 +40,16 @@ class RayCluster:
     is_local: bool
     num_cpus: float
     num_gpus: float
-    folder: Path | None
-    """Of a local Ray: sockets and logs."""
+    janitor: Janitor | None
+    """Of a local Ray: sees to its folder and its last processes."""
 
     def stop(self) -> None:
         """Leave; a local Ray ends with all its processes and its folder goes. Safe to call twice."""
         import ray
 
         ray.shutdown()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.janitor is not None:
+            self.janitor.clear_up()
 
 
 def launch(address: str | None) -> RayCluster:
@@ -67,11 +68,12 @@ def _start_local() -> RayCluster:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     root = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="duopool-", dir=root if len(root) <= _SOCKET_ROOM else "/tmp"))
+    janitor = Janitor(folder)
     try:
         # Ray opens its own folder to everyone, so it gets one below ours.
         return _init(
             is_local=True,
-            folder=folder,
+            janitor=janitor,
             address="local",
             _temp_dir=str(folder / "ray"),
             _node_ip_address=LOOPBACK,
@@ -80,16 +82,16 @@ def _start_local() -> RayCluster:
             include_dashboard=False,
         )
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        janitor.clear_up()
         raise
 
 
 def _join(address: str) -> RayCluster:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    return _init(is_local=False, folder=None, address=address)
+    return _init(is_local=False, janitor=None, address=address)
 
 
-def _init(*, is_local: bool, folder: Path | None, **settings: Any) -> RayCluster:
+def _init(*, is_local: bool, janitor: Janitor | None, **settings: Any) -> RayCluster:
     import ray
 
     context = ray.init(
@@ -101,5 +103,5 @@ def _init(*, is_local: bool, folder: Path | None, **settings: Any) -> RayCluster
         is_local=is_local,
         num_cpus=resources.get("CPU", 0.0),
         num_gpus=resources.get("GPU", 0.0),
-        folder=folder,
+        janitor=janitor,
     )

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from duopool.cluster.config import ClusterConfig
 from duopool.cluster.system import System
-from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, clear_errors, err, out, progress, set_up_logging
+from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, clear_errors, complain, err, out, progress, set_up_logging
 from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig, SchedulerConfig
 
 
@@ -90,7 +90,7 @@ def serve(
         )
     except ValidationError as error:
         for problem in error.errors():
-            err.print(f"[red]error:[/red] {'.'.join(map(str, problem['loc']))}: {problem['msg']}", highlight=False)
+            complain(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")
         raise typer.Exit(EXIT_USAGE) from error
     signal.signal(signal.SIGTERM, _interrupt)
     with clear_errors():
@@ -106,7 +106,7 @@ def _run(config: ClusterConfig) -> None:
         signal.signal(signal.SIGTERM, _interrupt)
         out.print(f"serving {config.model.model} on {system.address} (Ctrl-C stops)", highlight=False)
         system.wait()
-        err.print("[red]error:[/red] the supervisor failed; see above", highlight=False)
+        complain("the supervisor failed; see above")
         raise typer.Exit(EXIT_FAILED)
     except KeyboardInterrupt:
         err.print("stopping", highlight=False)

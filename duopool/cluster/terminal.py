@@ -10,6 +10,7 @@ import grpc
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from duopool.core.errors import DuopoolError
 from duopool.proto.status import StatusDetails, read_status
@@ -53,7 +54,12 @@ class Progress:
     def __call__(self, stage: str, text: str) -> None:
         """Report of `System.start`."""
         self.update(f"{stage}: {text}")
-        err.print(f"[cyan]{stage:>8}[/cyan]  {text}", highlight=False)
+        err.print(f"[cyan]{stage:>8}[/cyan]  {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """One line about what went wrong; the text is printed as it is, brackets too."""
+    err.print(f"[red]error:[/red] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def describe(status: StatusDetails) -> str:
@@ -70,7 +76,7 @@ def clear_errors(address: str | None = None) -> Iterator[None]:
     except grpc.RpcError as error:
         fail_with(read_status(error), address)
     except DuopoolError as error:
-        err.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        complain(f"{error}")
         raise typer.Exit(EXIT_FAILED) from error
 
 
@@ -78,5 +84,5 @@ def fail_with(status: StatusDetails, address: str | None) -> None:
     """Print the status and exit."""
     is_away = status.code is grpc.StatusCode.UNAVAILABLE and status.reason is None
     where = f"no router answers at {address}: " if is_away and address else ""
-    err.print(f"[red]error:[/red] {where}{describe(status)}", highlight=False, soft_wrap=True)
+    complain(f"{where}{describe(status)}")
     raise typer.Exit(EXIT_USAGE if status.code is grpc.StatusCode.INVALID_ARGUMENT else EXIT_FAILED)

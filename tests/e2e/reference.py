@@ -43,7 +43,7 @@ LENGTHS = (
 )
 """Prompt lengths in tokens: around blocks of 16 and around chunks of 128 and 512."""
 
-MAX_TOKENS = 16
+MAX_TOKENS = 12
 
 
 class Reference:
