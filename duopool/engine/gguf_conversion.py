@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what a conversion writes changes, so that older entries are left alone."""
 
 
@@ -46,7 +46,8 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    # De-quantised in float32 and rounded once: in bfloat16 the scales and sums would be rounded as well.
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = loaded.config
     # The loaded model still carries the GGUF quantizer and cannot be saved: its weights move to a model without one.
     if hasattr(config, "quantization_config"):
@@ -54,7 +55,8 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     config.dtype = torch.bfloat16
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    fresh.load_state_dict(loaded.state_dict(), assign=True)
+    weights = {name: weight.to(torch.bfloat16) for name, weight in loaded.state_dict().items()}
+    fresh.load_state_dict(weights, assign=True)
     fresh.tie_weights()
     fresh.generation_config = loaded.generation_config
     fresh.save_pretrained(folder)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gguf
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duopool.core.config import CacheConfig, ModelConfig
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import Chunk, SampleSpec, StepPlan
 from duopool.core.types import BlockId, RequestId
-from duopool.engine.model_source import resolve_model
+from duopool.engine.model_source import embedded_gguf, resolve_model
 from duopool.engine.runner import ModelRunner
 
 PROMPTS = (
@@ -65,3 +67,17 @@ def test_greedy_equals_transformers_token_for_token() -> None:
         for request, token in runner.execute(StepPlan(chunks=tuple(chunks))).tokens.items():
             outputs[int(request)].append(token.token_id)
     assert outputs == expected
+
+
+@pytest.mark.e2e
+def test_conversion_is_the_gguf_weights_rounded_once() -> None:
+    converted = load_file(resolve_model("smollm2").folder / "model.safetensors")
+    names = {"ffn_down": "mlp.down_proj", "attn_v": "self_attn.v_proj", "attn_norm": "input_layernorm"}
+    compared = 0
+    for tensor in gguf.GGUFReader(embedded_gguf()).tensors:
+        _, layer, kind, *_ = [*tensor.name.split("."), "", ""]
+        if kind in names:
+            expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).to(torch.bfloat16)
+            assert torch.equal(converted[f"model.layers.{layer}.{names[kind]}.weight"], expected), tensor.name
+            compared += 1
+    assert compared == 90
