@@ -45,7 +45,10 @@ format: $(STAMP) ## Rewrite the source in the one format
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --fix --quiet .
 
-$(STAMP): pyproject.toml setup.py
+# The compiled kernels are part of the installation.
+KERNEL_SOURCES := $(wildcard duopool/kernels/*.cpp duopool/kernels/*.h duopool/kernels/*/*.cpp duopool/kernels/*/*.h)
+
+$(STAMP): pyproject.toml setup.py $(KERNEL_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; try: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
