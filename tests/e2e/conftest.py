@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from reference import Reference
 from remains import Remains
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray reads these once per process: every cluster of this run, whoever starts it, must ask for the same token.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 @pytest.fixture(scope="session")

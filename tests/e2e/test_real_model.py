@@ -61,8 +61,12 @@ def test_all_at_once_cold_and_then_from_cached_prefixes(system: System, referenc
     assert [record.token_ids for record in cached] == [record.token_ids for record in cold]
     for prompt, record in zip(prompts, cached, strict=True):
         assert record.finished is not None
-        # The last token is always computed, since its logits are needed.
-        assert record.finished.usage.cached_tokens == (len(prompt) - 1) // BLOCK * BLOCK
+        # The last token is always computed, since its logits are needed. A short prompt may have been prefilled on the
+        # decode worker at first, so that the prefill worker sees it for the first time now.
+        wanted = {(len(prompt) - 1) // BLOCK * BLOCK}
+        if len(prompt) <= HandoffConfig().local_prefill_max_tokens:
+            wanted.add(0)
+        assert record.finished.usage.cached_tokens in wanted
 
 
 def test_one_after_another_cold_and_then_cached(system: System, reference: Reference) -> None:
