@@ -1,8 +1,8 @@
 """The internal wire: messages of `core/messages.py` as msgpack, checked against their types on arrival.
 
-Owns the names of the internal methods too. The public wire (protobuf) is translated in `public_codec.py`.
-A message that does not fit its type raises `msgspec.ValidationError`; gRPC answers such a call with INTERNAL and nothing
-reaches a worker.
+Owns the names of the internal methods too. The public wire (protobuf) is translated in `public_codec.py`. A message
+that does not fit its type raises `msgspec.ValidationError`; gRPC answers such a call with INTERNAL and nothing reaches
+a worker.
 """
 
 from __future__ import annotations
