@@ -57,7 +57,7 @@ from duopool.router.stage_times import StageTimes
 from duopool.router.text_stream import TextStream
 from duopool.router.tokenizer import Tokenizer
 
-ROUTE_WAIT_S = 10.0
+ROUTE_WAIT_S = 60.0
 """How long a request waits for a pool that has nobody."""
 LEAST_REFUSAL_S = 0.05
 """A worker that was busy is not asked again by the same request before this."""
