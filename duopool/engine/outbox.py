@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from duopool.core.kv_events import net_changes
 from duopool.core.kv_manager import KVCacheManager
-from duopool.core.messages import Event, KvChanged, KvSnapshot, KvStoredSegment, WorkerLoad
+from duopool.core.messages import Event, KvChanged, KvSnapshot, KvStoredSegment, Nack, NackReason, WorkerLoad
+from duopool.core.types import RequestId
 from duopool.core.worker import Addressed, SessionId
+
+BUSY_RETRY_AFTER_S = 0.5
+"""When a router may ask a busy worker again."""
 
 
 class Outbox:
@@ -51,6 +55,12 @@ class Outbox:
         """To one session."""
         if session in self._open:
             self._events.append(Addressed(session, event))
+
+    def refuse(self, session: SessionId, request_id: RequestId, attempt: int, reason: NackReason, detail: str) -> None:
+        """Tell one session that an attempt is not, or no longer, served here."""
+        retry_after_s = BUSY_RETRY_AFTER_S if reason is NackReason.BUSY else 0.0
+        nack = Nack(request_id=request_id, attempt=attempt, reason=reason, detail=detail, retry_after_s=retry_after_s)
+        self.say(session, nack)
 
     def say_to_all(self, event: Event) -> None:
         """To every session."""

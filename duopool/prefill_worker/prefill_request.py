@@ -1,4 +1,4 @@
-"""One prompt on a prefill worker, from its arrival to the end of its lease. Holds state; decides nothing."""
+"""One prompt on a prefill worker, from its arrival to the end of its lease: state and messages. Decides nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from duopool.core.handoff.lease import Lease
-from duopool.core.messages import BlocksReady, GenerationRequest
+from duopool.core.messages import Accepted, BlocksReady, GenerationRequest, LeaseRef, SealedBlock, Tokens
 from duopool.core.step import Chunk, SampleSpec
 from duopool.core.types import BlockId, BlockKey, RequestId, TokenLogprob
 from duopool.core.worker import SessionId
@@ -93,6 +93,28 @@ class PrefillRequest:
             prompt_logprobs=self.num_prompt_logprobs,
             next_token_id=None if is_last else self.token_ids[end],
         )
+
+    def accepted(self) -> Accepted:
+        return Accepted(request_id=self.request_id, attempt=self.attempt, num_cached_tokens=self.num_cached_tokens)
+
+    def list_blocks(
+        self, blocks: tuple[SealedBlock, ...], lease: LeaseRef, first_token: Tokens | None, *, now: float
+    ) -> BlocksReady:
+        """Count the next blocks as listed, in the message that lists them."""
+        message = BlocksReady(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            lease=lease,
+            first_block=self.num_listed_blocks,
+            blocks=blocks,
+            first_token=first_token,
+            queue_s=self.started_at - self.arrived_at,
+            prefill_s=now - self.started_at,
+            num_cached_tokens=self.num_cached_tokens,
+        )
+        self.num_listed_blocks += len(blocks)
+        self.ready.append(message)
+        return message
 
 
 def table_name(request_id: RequestId, attempt: int) -> RequestId:

@@ -11,7 +11,8 @@ from duopool.core.types import LeaseId
 from duopool.engine.transfer.digest import seal
 from duopool.engine.transfer.factory import make_nixl_source
 from duopool.engine.worker_process import Assembly, WorkerParts, WorkerProcess
-from duopool.prefill_worker.worker import PrefillWorker, SourceIdentity, Surroundings
+from duopool.prefill_worker.leases import SourceIdentity
+from duopool.prefill_worker.worker import PrefillWorker, Surroundings
 
 
 def prefill_process(config: WorkerConfig) -> WorkerProcess:

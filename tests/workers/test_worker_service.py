@@ -38,7 +38,8 @@ from duopool.core.sampling_params import SamplingParams
 from duopool.core.types import Incarnation, LeaseId, RequestId, Role, WorkerId
 from duopool.engine.served_model import ServedModel
 from duopool.engine.step_loop import StepLoop
-from duopool.prefill_worker.worker import PrefillWorker, SourceIdentity, Surroundings
+from duopool.prefill_worker.leases import SourceIdentity
+from duopool.prefill_worker.worker import PrefillWorker, Surroundings
 from duopool.proto import codec
 from duopool.proto.server_thread import ServerThread
 from duopool.proto.worker_service import WorkerService

@@ -41,7 +41,8 @@ from duopool.core.worker import SessionId
 from duopool.decode_worker.worker import DecodeWorker
 from duopool.engine.served_model import ServedModel
 from duopool.engine.transfer.transport import ReadOutcome
-from duopool.prefill_worker.worker import PrefillWorker, SourceIdentity, Surroundings
+from duopool.prefill_worker.leases import SourceIdentity
+from duopool.prefill_worker.worker import PrefillWorker, Surroundings
 
 BLOCK_SIZE = 4
 VOCAB_SIZE = 50

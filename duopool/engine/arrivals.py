@@ -1,0 +1,76 @@
+"""Judges the commands that bring a request to a worker: new, said twice, late, or not to be taken.
+
+Owns the memory of attempts that are over and whether the worker still takes anything. The requests themselves, and the
+answers, are the worker's. Not thread-safe; the worker's lock covers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, auto
+
+from duopool.core.config import HandoffConfig
+from duopool.core.handoff.tombstones import Tombstones
+from duopool.core.messages import NackReason
+from duopool.core.types import RequestId
+from duopool.engine.served_model import Refusal, ServedModel
+
+
+class Standing(Enum):
+    """An arriving attempt among the attempts of its request that the worker has seen."""
+
+    NEW = auto()
+    """Newer than all others; one that is still here makes way for it."""
+    AGAIN = auto()
+    """The attempt that is here: the command came twice, or its answer was lost."""
+    OVER = auto()
+    """It has ended here; nothing is to be said about it any more."""
+    STALE = auto()
+    """A newer attempt was seen."""
+
+
+class Arrivals:
+    """The door of one worker."""
+
+    def __init__(self, model: ServedModel, timers: HandoffConfig, *, max_num_waiting: int) -> None:
+        self._model = model
+        self._max_num_waiting = max_num_waiting
+        self._tombstones = Tombstones(keep_s=2 * max(timers.lease_ttl_s, timers.orphan_ttl_s))
+        self._is_draining = False
+
+    def drain(self) -> None:
+        """Take nothing new from now on."""
+        self._is_draining = True
+
+    def standing(self, request_id: RequestId, attempt: int, *, present: int | None) -> Standing:
+        """Where `attempt` stands; `present` is the attempt of the request that is alive here."""
+        if present == attempt:
+            return Standing.AGAIN
+        if (present is not None and present > attempt) or self.is_over(request_id, attempt + 1):
+            return Standing.STALE
+        return Standing.OVER if self.is_over(request_id, attempt) else Standing.NEW
+
+    def refusal(
+        self, token_ids: Sequence[int], *, num_tokens_in_pool: int, num_tokens_ahead: int, num_waiting: int
+    ) -> Refusal | None:
+        """Why a new request is not taken; None if it is. `num_waiting` requests wait before it."""
+        never = self._model.refusal(token_ids, num_tokens_in_pool=num_tokens_in_pool, num_tokens_ahead=num_tokens_ahead)
+        if never is not None:
+            return never
+        if self._is_draining:
+            return Refusal(NackReason.DRAINING, "the worker is draining")
+        if num_waiting >= self._max_num_waiting:
+            return Refusal(NackReason.BUSY, f"{num_waiting} requests are waiting")
+        return None
+
+    def is_over(self, request_id: RequestId, attempt: int) -> bool:
+        """Whether this attempt, or a newer one, has ended here."""
+        return self._tombstones.covers(request_id, attempt)
+
+    def bury(self, request_id: RequestId, attempt: int, *, now: float) -> None:
+        """Attempts up to `attempt` are over, whether they were here or not."""
+        self._tombstones.bury(request_id, attempt, now=now)
+
+    def sweep(self, *, now: float) -> None:
+        """Forget attempts that ended long ago."""
+        self._tombstones.sweep(now=now)
