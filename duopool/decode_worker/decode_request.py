@@ -1,4 +1,4 @@
-"""One request on a decode worker, from its reservation to its last token. Holds state; decides nothing."""
+"""One request on a decode worker, from its reservation to its last token: state and messages. Decides nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from duopool.core.handoff.slot import Slot
-from duopool.core.messages import GenerationRequest
+from duopool.core.messages import GenerationRequest, Joined, Reserved
 from duopool.core.step import Chunk, SampleSpec
 from duopool.core.types import BlockId, BlockKey, RequestId, TokenLogprob
 from duopool.core.worker import SessionId
@@ -118,6 +118,18 @@ class DecodeRequest:
             sample=sample if is_last else None,
             prompt_logprobs=self.num_prompt_logprobs,
             next_token_id=None if is_last else self.tokens(end, end + 1)[0],
+        )
+
+    def reserved(self) -> Reserved:
+        return Reserved(request_id=self.request_id, attempt=self.attempt, num_cached_tokens=self.num_cached_tokens)
+
+    def joined(self) -> Joined:
+        return Joined(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            num_pulled_blocks=self.num_pulled_blocks,
+            num_pulled_bytes=self.num_pulled_bytes,
+            transfer_s=self.transfer_s,
         )
 
 
