@@ -228,12 +228,13 @@ class RequestMachine(RuleBasedStateMachine):
     def hear_from(self, member: Member, message: object) -> None:
         if member in self.lost:
             return
-        deciding = self.state.phase is Phase.DECODING
         self.feed(Heard(member, message))  # type: ignore[arg-type]
-        if isinstance(message, Nack) and self.world.holders.get(member) == message.attempt:
+        is_last = isinstance(message, Nack) or (isinstance(message, Tokens) and message.finish_reason is not None)
+        if is_last and self.world.holders.get(member) == message.attempt:  # type: ignore[attr-defined]
             del self.world.holders[member]  # by its own word
-        if deciding and isinstance(message, Tokens) and message.finish_reason is not None and self.finishes:
-            self.world.holders.pop(member, None)
+            route = self.state.route
+            if isinstance(message, Tokens) and route is not None and member == route.decode and route.prefill:
+                self.world.holders.pop(route.prefill, None)  # who decodes has joined, and released P when it did
 
     @rule(name=st.sampled_from("pd"), number=st.sampled_from([0, 1]), dice=st.integers(0, 2))
     def lose(self, name: str, number: int, dice: int) -> None:

@@ -182,9 +182,10 @@ def transition(state: RequestState, event: RequestEvent) -> Step:
             return _end(state, Finish(phase, reason))
         case Heard(member=member, message=message):
             # An attempt that was given up keeps its number until the next route: what it still says is late.
-            is_current = message.attempt == state.attempt and state.phase is not Phase.ADMITTED
-            if not is_current or not _is_on_route(state, member):
+            if message.attempt != state.attempt or not _is_on_route(state, member):
                 return state, ()
+            if state.phase is Phase.ADMITTED:
+                return _lease_refused(state, member) if isinstance(message, Nack) else (state, ())
             return _heard(state, member, message)
 
 
@@ -262,6 +263,13 @@ def _nack(state: RequestState, member: Member, nack: Nack) -> Step:
     if nack.reason in (NackReason.LEASE_LOST, NackReason.TRANSFER_FAILED):
         return _again(state)
     return _elsewhere(replace(state, excluded=state.excluded | {member}), member)
+
+
+def _lease_refused(state: RequestState, member: Member) -> Step:
+    """P takes its finished work back while another decode worker is sought: all must be routed anew."""
+    if not state.ready or state.route is None or member != state.route.prefill:
+        return state, ()
+    return replace(state, ready=()), (NeedRoute(state.excluded),)
 
 
 def _lost(state: RequestState, member: Member) -> Step:

@@ -1,0 +1,14 @@
+"""Hypothesis for the whole suite: the same examples every time, so that a red run is red for everyone.
+
+`HYPOTHESIS_PROFILE=search pytest tests/...` looks at new examples with every run.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("everyday", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))
