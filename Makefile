@@ -15,7 +15,7 @@ PYTEST_FLAGS ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo test test-fast check bench format clean
+.PHONY: help setup demo test test-fast check bench proto format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -40,6 +40,9 @@ check: $(STAMP) ## Format, lint, types, fast tests
 
 bench: $(STAMP) ## All workloads on this machine; results in benchmarks/results.json
 	@$(BIN)/duopool bench all --output benchmarks/results.json
+
+proto: $(STAMP) ## Generate the code of duopool/proto/*.proto
+	@$(BIN)/python -m grpc_tools.protoc -I . --python_out . --pyi_out . --grpc_python_out . duopool/proto/*.proto
 
 format: $(STAMP) ## Rewrite the source in the one format
 	@$(BIN)/ruff format --quiet .
