@@ -5,7 +5,15 @@ from __future__ import annotations
 import typer
 
 from duopool import __version__
-from duopool.cluster import admin_commands, bench_command, demo_command, generate_command, serve_command
+from duopool.cluster import (
+    admin_commands,
+    bench_command,
+    config_command,
+    demo_command,
+    generate_command,
+    serve_command,
+)
+from duopool.cluster.settings import CONTEXT_SETTINGS
 
 app = typer.Typer(
     name="duopool",
@@ -15,13 +23,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("serve")(serve_command.serve)
+app.command("serve", context_settings=CONTEXT_SETTINGS)(serve_command.serve)
 app.command("generate")(generate_command.generate)
 app.command("status")(admin_commands.status)
 app.command("scale")(admin_commands.scale)
 app.command("drain")(admin_commands.drain)
 app.command("demo")(demo_command.demo)
 app.command("bench")(bench_command.bench)
+app.add_typer(config_command.app, name="config")
 
 
 def _version(wanted: bool) -> None:

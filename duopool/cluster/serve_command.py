@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from enum import StrEnum
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from duopool.cluster.config import ClusterConfig
+from duopool.cluster.settings import read_file
 from duopool.cluster.system import System
 from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, clear_errors, complain, err, out, progress, set_up_logging
 from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig, SchedulerConfig
@@ -66,12 +68,20 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; a private one is started here if not given.")
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=read_file,
+            help="YAML file with these settings, one 'name: value' a line; flags and DUOPOOL_* variables come first.",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what supervisor and router do.")] = False,
 ) -> None:
     """Start Ray, the workers of both pools and the router; serve until Ctrl-C or SIGTERM."""
     set_up_logging(verbose=verbose)
     try:
-        config = ClusterConfig(
+        wanted = ClusterConfig(
             prefill=prefill,
             decode=decode,
             model=ModelConfig(
@@ -94,7 +104,7 @@ def serve(
         raise typer.Exit(EXIT_USAGE) from error
     signal.signal(signal.SIGTERM, _interrupt)
     with clear_errors():
-        _run(config)
+        _run(wanted)
 
 
 def _run(config: ClusterConfig) -> None:

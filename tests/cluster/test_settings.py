@@ -1,0 +1,55 @@
+"""Every setting has one value and says who gave it: flag > environment > file > default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from duopool.cluster.cli import app
+
+ORIGINS = ("flag", "environment", "file")
+
+
+def show(*arguments: str, environment: dict[str, str] | None = None) -> dict[str, list[str]]:
+    """The rows of `duopool config show` by setting: value, origin."""
+    result = CliRunner().invoke(app, ["config", "show", *arguments], env={"COLUMNS": "160", **(environment or {})})
+    assert result.exit_code == 0, result.output
+    rows = (line.strip("│").split("│") for line in result.output.splitlines() if line.startswith("│"))
+    return {name.strip(): [value.strip(), origin.strip().split(" ")[0]] for name, value, origin in rows}
+
+
+@pytest.mark.parametrize("given", [(), ORIGINS[2:], ORIGINS[1:], ORIGINS])
+def test_the_strongest_origin_wins(given: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "duopool.yaml"
+    file.write_text("max-num-seqs: 3\n" if "file" in given else "")
+    flags = ["--max-num-seqs", "1"] if "flag" in given else []
+    environment = {"DUOPOOL_MAX_NUM_SEQS": "2"} if "environment" in given else {}
+    expected = {"flag": "1", "environment": "2", "file": "3", "default": "64"}
+    origin = given[0] if given else "default"
+    rows = show("--config", str(file), *flags, environment=environment)
+    assert rows["max-num-seqs"] == [expected[origin], origin]
+    assert {row[1] for name, row in rows.items() if name != "max-num-seqs"} == {"default"}
+
+
+def test_the_printed_file_gives_the_same_settings(tmp_path: Path) -> None:
+    flags = ["--prefill", "2", "--dtype", "float32", "--num-blocks", "77"]
+    file = tmp_path / "duopool.yaml"
+    file.write_text(CliRunner().invoke(app, ["config", "show", "--yaml", *flags]).output)
+    assert yaml.safe_load(file.read_text())["num-blocks"] == 77
+    values = {name: row[0] for name, row in show(*flags).items()}
+    assert {name: row[0] for name, row in show("--config", str(file)).items()} == values
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("prot: 1\n", "'prot'"), ("- 1\n", "list"), ("port: [\n", "duopool.yaml"), ("port: x\n", "--port")],
+)
+def test_a_wrong_file_is_refused_by_name(content: str, named: str, tmp_path: Path) -> None:
+    file = tmp_path / "duopool.yaml"
+    file.write_text(content)
+    result = CliRunner().invoke(app, ["serve", "--config", str(file)], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert named in result.output
