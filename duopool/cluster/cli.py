@@ -10,6 +10,7 @@ from duopool.cluster import (
     bench_command,
     config_command,
     demo_command,
+    doctor_command,
     generate_command,
     serve_command,
 )
@@ -30,6 +31,7 @@ app.command("scale")(admin_commands.scale)
 app.command("drain")(admin_commands.drain)
 app.command("demo")(demo_command.demo)
 app.command("bench")(bench_command.bench)
+app.command("doctor")(doctor_command.doctor)
 app.add_typer(config_command.app, name="config")
 
 
