@@ -14,6 +14,7 @@ from duopool.core.messages import WorkerInfo
 from duopool.core.sampling_params import SamplingParams
 
 MAX_CHOICES = 16
+MAX_PROMPTS = 128
 MAX_CACHE_SALT_BYTES = 256
 MAX_REQUEST_ID_CHARS = 256
 RETRY_AFTER_S = 1.0
@@ -55,6 +56,11 @@ class Admission:
             yield
         finally:
             self.num_alive -= num_choices
+
+
+def check_prompts(num_prompts: int) -> None:
+    if not 1 <= num_prompts <= MAX_PROMPTS:
+        raise InvalidRequest("prompt", f"between 1 and {MAX_PROMPTS} prompts are allowed, got {num_prompts}")
 
 
 def check_choices(num_choices: int) -> None:

@@ -20,6 +20,7 @@ from duopool.core.types import Role
 from duopool.proto import control_pb2_grpc, inference_pb2
 from duopool.router.admin_service import AdminService
 from duopool.router.control_service import COMMAND_TIMEOUT_S, ControlService
+from duopool.router.generation import Generation
 from duopool.router.inference_service import InferenceService
 from duopool.router.pools import Pools
 from duopool.router.request_life import ROUTE_WAIT_S
@@ -56,7 +57,7 @@ class RouterServer:
         self._health_wake = asyncio.Event()
         model_id = config.model.served_model_name or config.model.model
         control = ControlService(self.pools, command_timeout_s=command_timeout_s)
-        inference = InferenceService(
+        self.generation = Generation(
             config,
             model_id=model_id,
             tokenizer=tokenizer,
@@ -66,6 +67,7 @@ class RouterServer:
             clock=clock,
             route_wait_s=route_wait_s,
         )
+        inference = InferenceService(self.generation)
         admin = AdminService(config, model_id=model_id, pools=self.pools, control=control)
         self._public = self._make_public(inference, admin)
         self._internal = grpc.aio.server(options=(("grpc.so_reuseport", 0),))

@@ -8,7 +8,7 @@ Also owns the chat template and the end-of-sequence ids that the folder names. W
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Ids of the model's template over `messages`, ready for the assistant's turn."""
         if self._chat_template is None:
             raise InvalidRequest("chat", "the model has no chat template: send text or token_ids")
@@ -90,7 +90,7 @@ class Tokenizer:
         return text
 
 
-def _render(template: str, messages: Sequence[dict[str, str]], special_tokens: dict[str, str]) -> str:
+def _render(template: str, messages: Sequence[Mapping[str, Any]], special_tokens: dict[str, str]) -> str:
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 

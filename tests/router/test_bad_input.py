@@ -243,7 +243,7 @@ def test_a_client_that_leaves_is_cancelled_and_its_neighbour_goes_on() -> None:
 
 
 def test_a_client_that_never_reads_loses_its_stream_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duopool.router.inference_service.LINGER_S", 0.2)
+    monkeypatch.setattr("duopool.router.generation.LINGER_S", 0.2)
 
     async def run() -> None:
         async with FakeCluster(workers(step_s=0.001, tokens_per_step=4), max_unread_tokens=64) as cluster:

@@ -1,0 +1,55 @@
+"""What a caller asks for, as a value: the same whether it came over gRPC or HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from duopool.core.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPrompt:
+    text: str
+    field: str
+    """How the face calls it, for errors."""
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPrompt:
+    token_ids: tuple[int, ...]
+    field: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    """Messages for the model's chat template."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    field: str
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of the contents: the least that the template makes of them."""
+        return sum(len(message.get("content") or "") for message in self.messages)
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One call: every prompt gets `num_choices` outputs."""
+
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    model: str = ""
+    """Empty means the one that is served."""
+    num_choices: int = 1
+    request_id: str = ""
+    """An alias of the client's own."""
+    cache_salt: bytes = b""
+    resume_from: tuple[int, ...] = ()
+    """Tokens that an earlier, broken stream delivered."""

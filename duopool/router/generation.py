@@ -1,0 +1,233 @@
+"""What every face of the router does for its callers: checks, tokenising, and one life per choice of a call.
+
+gRPC and HTTP make an `Ask` of what came in, and write out the messages of a `Stream` in their own form. Owns the order
+of checks (cheap ones first, tokenising last) and the end of a call whose client went away or reads too slowly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from random import Random
+from typing import TypeVar
+
+from duopool.core.config import RouterConfig
+from duopool.core.errors import DeadlineMissed, InvalidRequest, ModelNotFound, Unavailable
+from duopool.core.handoff.request import Phase, RequestState
+from duopool.core.messages import GenerationRequest
+from duopool.core.sampling_params import SamplingParams
+from duopool.core.types import RequestId
+from duopool.router import admission
+from duopool.router.ask import Ask, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from duopool.router.detokenizer import Detokenizer
+from duopool.router.outbox import Outbox
+from duopool.router.pools import Pools
+from duopool.router.request_life import ROUTE_WAIT_S, Origin, RequestLife
+from duopool.router.text_stream import TextStream
+from duopool.router.tokenizer import Tokenizer
+
+Result = TypeVar("Result")
+
+MAX_SEED = 2**63 - 1
+LINGER_S = 5.0
+"""A client that reads too slowly has this long to take what the transport holds already, before its stream is cut."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """A call under way: take messages from `outbox` until it gives None, and tell it what was written."""
+
+    outbox: Outbox
+    prompts: tuple[tuple[int, ...], ...]
+    """Token ids of each prompt. Choice `c` of prompt `p` has the number `p * num_choices + c`."""
+
+
+class Generation:
+    """One served model behind its two pools."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        model_id: str,
+        tokenizer: Tokenizer,
+        pools: Pools,
+        executor: Executor,
+        random: Random,
+        clock: Callable[[], float] = time.monotonic,
+        route_wait_s: float = ROUTE_WAIT_S,
+    ) -> None:
+        self.model_id = model_id
+        self.tokenizer = tokenizer
+        self.pools = pools
+        self._config = config
+        self._executor = executor
+        self._random = random
+        self._clock = clock
+        self._route_wait_s = route_wait_s
+        self._admission = admission.Admission(config.max_num_requests)
+
+    @asynccontextmanager
+    async def open(self, ask: Ask, *, time_left_s: float | None = None) -> AsyncIterator[Stream]:
+        """Check the call and start its lives; they are stopped when the block is left.
+
+        Raises the error that the client is to get: before the block for what was asked, and out of the block when the
+        calling task was cancelled because the client left too many tokens unread.
+        """
+        deadline = None if time_left_s is None else self._clock() + time_left_s
+        self.check_model(ask.model)
+        admission.check_prompts(len(ask.prompts))
+        admission.check_choices(ask.num_choices)
+        num_lives = len(ask.prompts) * ask.num_choices
+        with self._admission.admit(num_lives):
+            prompts = await self._read(ask)
+            outbox = Outbox(self._config.max_unread_tokens, num_choices=num_lives)
+            lives = [
+                self._life(ask, prompt, outbox, choice=place * ask.num_choices + choice, deadline=deadline)
+                for place, prompt in enumerate(prompts)
+                for choice in range(ask.num_choices)
+            ]
+            async with self._running(lives, outbox, deadline):
+                yield Stream(outbox=outbox, prompts=prompts)
+
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt, made off the event loop; refuses a text that can never fit before making them."""
+        tokenizer, limits = self.tokenizer, self.limits()
+        most = tokenizer.max_token_chars
+        match prompt:
+            case TokenPrompt(token_ids=token_ids):
+                admission.check_token_ids(prompt.field, token_ids, limits)
+                return token_ids
+            case TextPrompt(text=text, add_special_tokens=special):
+                admission.check_text(prompt.field, len(text), limits, max_token_chars=most)
+                return tuple(await self._off_loop(lambda: tokenizer.encode(text, add_special_tokens=special)))
+            case ChatPrompt():
+                admission.check_text(prompt.field, prompt.num_chars, limits, max_token_chars=most)
+                return tuple(await self._off_loop(lambda: tokenizer.encode_chat(prompt.messages)))
+
+    async def decode(self, token_ids: Sequence[int], *, field: str) -> str:
+        admission.check_token_ids(field, token_ids, self.limits())
+        return await self._off_loop(self.tokenizer.decode, token_ids)
+
+    def check_model(self, name: str) -> None:
+        """ModelNotFound unless `name` is empty or the model that is served."""
+        if name and name != self.model_id:
+            raise ModelNotFound(f"model {name[:128]!r} is not served; {self.model_id!r} is")
+
+    def limits(self) -> admission.Limits:
+        """Unavailable as long as nobody can tell."""
+        members = self.pools.members
+        if not members:
+            raise Unavailable("no worker has joined yet")
+        return admission.Limits.of(members)
+
+    def draw_seed(self) -> int:
+        return self._random.randint(0, MAX_SEED)
+
+    # ---- reading a request ------------------------------------------------------------------------------------------
+
+    async def _read(self, ask: Ask) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each prompt, all checks passed."""
+        params = ask.params
+        params.check()
+        admission.check_names(cache_salt=ask.cache_salt, request_id=ask.request_id)
+        limits = self.limits()
+        admission.check_bias(params, limits)
+        if ask.resume_from and ask.num_choices > 1:
+            raise InvalidRequest("resume_from", f"works with n = 1 only, got n = {ask.num_choices}")
+        if len(ask.resume_from) > params.max_tokens:
+            raise InvalidRequest("resume_from", f"has {len(ask.resume_from)} tokens, max_tokens is {params.max_tokens}")
+        admission.check_token_ids("resume_from", ask.resume_from, limits)
+        return tuple([await self._read_prompt(prompt, params, limits) for prompt in ask.prompts])
+
+    async def _read_prompt(self, prompt: Prompt, params: SamplingParams, limits: admission.Limits) -> tuple[int, ...]:
+        if isinstance(prompt, TokenPrompt):
+            admission.check_length(prompt.field, len(prompt.token_ids), params, limits)
+            return await self.encode(prompt)
+        token_ids = await self.encode(prompt)
+        admission.check_length(prompt.field, len(token_ids), params, limits)
+        return token_ids
+
+    async def _off_loop(self, work: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
+
+    # ---- serving it -------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _running(
+        self, lives: Sequence[RequestLife], outbox: Outbox, deadline: float | None
+    ) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        timers = []
+        if deadline is not None:
+            timers.append(loop.call_later(max(0.0, deadline - self._clock()), _miss_deadline, lives))
+        outbox.on_overflow = _cut_after(LINGER_S, timers)
+        try:
+            for life in lives:
+                life.start()
+            yield
+        except asyncio.CancelledError:
+            if outbox.error is None:
+                raise
+            raise outbox.error from None  # cut off in a write
+        finally:
+            for timer in timers:
+                timer.cancel()
+            for life in lives:
+                life.stop(Phase.CANCELLED)
+
+    def _life(
+        self, ask: Ask, prompt_token_ids: tuple[int, ...], outbox: Outbox, *, choice: int, deadline: float | None
+    ) -> RequestLife:
+        tokenizer = self.tokenizer
+        request_id = RequestId(f"{self._random.getrandbits(128):032x}")
+        params = replace(ask.params, seed=_seed_of(ask.params.seed, choice % ask.num_choices))
+        detokenizer = Detokenizer(
+            tokenizer.decode, special_ids=tokenizer.special_ids, prompt_token_ids=prompt_token_ids
+        )
+        generation = GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            output_token_ids=ask.resume_from,
+            params=params,
+            cache_salt=ask.cache_salt,
+        )
+        return RequestLife(
+            RequestState(request=generation, output=ask.resume_from, retries_left=self._config.handoff.max_retries),
+            Origin(
+                name=ask.request_id or request_id,
+                choice=choice,
+                deadline=deadline,
+                route_wait_s=self._route_wait_s,
+            ),
+            text=TextStream(detokenizer, params),
+            tokenizer=tokenizer,
+            pools=self.pools,
+            outbox=outbox,
+            clock=self._clock,
+        )
+
+
+def _seed_of(seed: int, choice: int) -> int:
+    """`seed + choice`, kept within 64 bits."""
+    return (seed + choice + 2**63) % 2**64 - 2**63
+
+
+def _miss_deadline(lives: Sequence[RequestLife]) -> None:
+    for life in lives:
+        life.stop(Phase.FAILED, DeadlineMissed("the deadline passed before the request finished"))
+
+
+def _cut_after(linger_s: float, timers: list[asyncio.TimerHandle]) -> Callable[[], None]:
+    """End the calling task if the client still does not read: a write that finds no room would wait for ever."""
+    task = asyncio.current_task()
+
+    def cut() -> None:
+        if task is not None:
+            timers.append(asyncio.get_running_loop().call_later(linger_s, task.cancel))
+
+    return cut
