@@ -8,16 +8,31 @@ clock and no I/O; the router's shell turns actions into messages and messages in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import replace
 
 import msgspec
 
+from duopool.core.handoff.request_state import (
+    Action,
+    Emit,
+    Finish,
+    Heard,
+    Lost,
+    Member,
+    NeedRoute,
+    Phase,
+    RequestEvent,
+    RequestState,
+    Route,
+    Routed,
+    Send,
+    Step,
+    Stopped,
+)
 from duopool.core.messages import (
     Accepted,
     BlocksReady,
     Cancel,
-    Command,
     GenerationRequest,
     Joined,
     Nack,
@@ -28,140 +43,30 @@ from duopool.core.messages import (
     Reserved,
     Tokens,
 )
-from duopool.core.types import Incarnation, WorkerId
+
+__all__ = [
+    "Action",
+    "Emit",
+    "Finish",
+    "Heard",
+    "Lost",
+    "Member",
+    "NeedRoute",
+    "Phase",
+    "RequestEvent",
+    "RequestState",
+    "Route",
+    "Routed",
+    "Send",
+    "Step",
+    "Stopped",
+    "begin",
+    "transition",
+]
+"""The values of `request_state.py` belong to this face."""
 
 POISON_LIMIT = 2
 """A request whose attempts took this many workers down with them is not tried again."""
-
-
-class Phase(StrEnum):
-    ADMITTED = "admitted"
-    PREFILLING = "prefilling"
-    LEASED = "leased"
-    READING = "reading"
-    DECODING = "decoding"
-    DONE = "done"
-    CANCELLED = "cancelled"
-    FAILED = "failed"
-
-    @property
-    def is_final(self) -> bool:
-        return self in (Phase.DONE, Phase.CANCELLED, Phase.FAILED)
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One process in a pool: the worker's name and which life of it."""
-
-    worker_id: WorkerId
-    incarnation: Incarnation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """Where an attempt goes; without `prefill` the decode worker computes the prefix itself."""
-
-    prefill: Member | None
-    decode: Member
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestState:
-    """All that the router must know of one request to go on with it anywhere."""
-
-    request: GenerationRequest
-    phase: Phase = Phase.ADMITTED
-    attempt: int = 0
-    route: Route | None = None
-    reserved: bool = False
-    ready: tuple[BlocksReady, ...] = ()
-    """What P sealed in this attempt, kept so that another D can be told."""
-    output: tuple[int, ...] = ()
-    retries_left: int = 3
-    excluded: frozenset[Member] = frozenset()
-    """Members that failed this request."""
-    deaths: int = 0
-    """Members that died while they held this request."""
-
-    @property
-    def is_handed_over(self) -> bool:
-        """P has finished its part of the current attempt."""
-        return bool(self.ready) and self.ready[-1].first_token is not None
-
-
-# ---- events besides the workers' messages ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """The policy chose workers for the attempt that was asked for."""
-
-    route: Route
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A member died, restarted, stalled or fell out of the membership."""
-
-    member: Member
-
-
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """The router itself ends the request: client gone, deadline, stop string, slow reader."""
-
-    phase: Phase
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """A worker's message about this request."""
-
-    member: Member
-    message: Accepted | BlocksReady | Reserved | Joined | Tokens | Nack
-
-
-RequestEvent = Routed | Lost | Stopped | Heard
-
-
-# ---- actions ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class NeedRoute:
-    """Choose workers (not the excluded ones) and come back with `Routed`."""
-
-    excluded: frozenset[Member]
-    prefill: Member | None = None
-    """Its finished work is still leased: only a decode worker is wanted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    member: Member
-    command: Command
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """Hand tokens to the client: the only action that the client sees."""
-
-    tokens: Tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """The one terminal action of a request."""
-
-    phase: Phase
-    reason: str = ""
-    nack: Nack | None = field(default=None)
-    """The worker's refusal, if that ended the request."""
-
-
-Action = NeedRoute | Send | Emit | Finish
-Step = tuple[RequestState, tuple[Action, ...]]
 
 
 def begin(state: RequestState) -> Step:

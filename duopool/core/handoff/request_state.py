@@ -1,0 +1,151 @@
+"""What the router knows of one request, what may happen to it and what is to be done about it: plain values.
+
+What follows from what is in `request.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from duopool.core.messages import (
+    Accepted,
+    BlocksReady,
+    Command,
+    GenerationRequest,
+    Joined,
+    Nack,
+    Reserved,
+    Tokens,
+)
+from duopool.core.types import Incarnation, WorkerId
+
+
+class Phase(StrEnum):
+    ADMITTED = "admitted"
+    PREFILLING = "prefilling"
+    LEASED = "leased"
+    READING = "reading"
+    DECODING = "decoding"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (Phase.DONE, Phase.CANCELLED, Phase.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process in a pool: the worker's name and which life of it."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Where an attempt goes; without `prefill` the decode worker computes the prefix itself."""
+
+    prefill: Member | None
+    decode: Member
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestState:
+    """All that the router must know of one request to go on with it anywhere."""
+
+    request: GenerationRequest
+    phase: Phase = Phase.ADMITTED
+    attempt: int = 0
+    route: Route | None = None
+    reserved: bool = False
+    ready: tuple[BlocksReady, ...] = ()
+    """What P sealed in this attempt, kept so that another D can be told."""
+    output: tuple[int, ...] = ()
+    retries_left: int = 3
+    excluded: frozenset[Member] = frozenset()
+    """Members that failed this request."""
+    deaths: int = 0
+    """Members that died while they held this request."""
+
+    @property
+    def is_handed_over(self) -> bool:
+        """P has finished its part of the current attempt."""
+        return bool(self.ready) and self.ready[-1].first_token is not None
+
+
+# ---- events besides the workers' messages ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The policy chose workers for the attempt that was asked for."""
+
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A member died, restarted, stalled or fell out of the membership."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The router itself ends the request: client gone, deadline, stop string, slow reader."""
+
+    phase: Phase
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A worker's message about this request."""
+
+    member: Member
+    message: Accepted | BlocksReady | Reserved | Joined | Tokens | Nack
+
+
+RequestEvent = Routed | Lost | Stopped | Heard
+
+
+# ---- actions ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NeedRoute:
+    """Choose workers (not the excluded ones) and come back with `Routed`."""
+
+    excluded: frozenset[Member]
+    prefill: Member | None = None
+    """Its finished work is still leased: only a decode worker is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    member: Member
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Hand tokens to the client: the only action that the client sees."""
+
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The one terminal action of a request."""
+
+    phase: Phase
+    reason: str = ""
+    nack: Nack | None = field(default=None)
+    """The worker's refusal, if that ended the request."""
+
+
+Action = NeedRoute | Send | Emit | Finish
+Step = tuple[RequestState, tuple[Action, ...]]
