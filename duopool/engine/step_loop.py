@@ -34,6 +34,7 @@ class StepLoop:
         self._flush = flush
         self._on_fatal = on_fatal
         self._clock = clock
+        self._next_tick = clock()
         self._awake = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="duopool-steps", daemon=True)
@@ -52,21 +53,25 @@ class StepLoop:
         if self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
+    def turn(self) -> float:
+        """Tick if it is time, take a step if there is work; seconds until the next turn is due unless woken before."""
+        now = self._clock()
+        if now >= self._next_tick:
+            self._worker.tick(now=now)
+            self._next_tick = now + TICK_S
+        has_run = self._worker.step(now=now)
+        self._flush()
+        return 0.0 if has_run else max(0.0, self._next_tick - self._clock())
+
     def _run(self) -> None:
-        next_tick = self._clock()
         while not self._is_stopping:
             self._awake.clear()
-            now = self._clock()
             try:
-                if now >= next_tick:
-                    self._worker.tick(now=now)
-                    next_tick = now + TICK_S
-                has_run = self._worker.step(now=now)
+                wait_s = self.turn()
             except Exception as error:
                 log.exception("a step failed")
                 self._flush()
                 self._on_fatal(error)
                 return
-            self._flush()
-            if not has_run:
-                self._awake.wait(max(0.0, next_tick - self._clock()))
+            if wait_s:
+                self._awake.wait(wait_s)

@@ -34,6 +34,7 @@ from duopool.core.messages import (
     WorkerLoad,
 )
 from duopool.core.types import BlockKey, LeaseId, RequestId, Role
+from duopool.router.connection import Connect, connect
 from duopool.router.load_table import LoadTable
 from duopool.router.policy import Candidate, Decision, choose, choose_decode
 from duopool.router.prefix_index import PrefixIndex
@@ -79,8 +80,11 @@ class _Seat:
 class Pools:
     """Mutable state of one router, all on one event loop."""
 
-    def __init__(self, config: RouterConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: RouterConfig, *, connect: Connect = connect, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._config = config
+        self._connect = connect
         self._clock = clock
         self._seats: dict[Member, _Seat] = {}
         self._index = PrefixIndex()
@@ -111,7 +115,7 @@ class Pools:
             if member in self._seats:
                 self._seats[member].info = info
             else:
-                session = Session(info, self, self._config.handoff, clock=self._clock)
+                session = Session(info, self, self._config.handoff, connect=self._connect, clock=self._clock)
                 task = asyncio.create_task(session.run(), name=f"session {info.worker_id}")
                 self._seats[member] = _Seat(info, session, task)
         self._changed()

@@ -12,21 +12,16 @@ import logging
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, Protocol
-
-import grpc
-import msgspec
+from typing import Protocol
 
 from duopool.core.config import HandoffConfig
 from duopool.core.handoff.request import Member
 from duopool.core.messages import Command, CommandBatch, Event, Heartbeat, StepReport, WorkerInfo, WorkerLoad
 from duopool.core.types import LeaseId
-from duopool.proto import codec
+from duopool.router.connection import Connect, Connection, ConnectionBroken, connect
 
 log = logging.getLogger(__name__)
 
-INCARNATION_KEY = "incarnation"
-"""Call metadata: the worker refuses a session that is meant for another life of it."""
 STALL_FACTOR = 5.0
 """A worker with running requests may take this many watchdog times for one step."""
 FIRST_BACKOFF_S = 0.05
@@ -57,14 +52,6 @@ class SessionListener(Protocol):
         ...
 
 
-class _Broken(Exception):
-    """The stream cannot go on."""
-
-
-_EXPECTED = (grpc.RpcError, _Broken, msgspec.ValidationError, msgspec.DecodeError)
-"""What a worker or the network does; anything else is a mistake of ours."""
-
-
 class Session:
     """`run` keeps the session up until it is cancelled."""
 
@@ -74,6 +61,7 @@ class Session:
         listener: SessionListener,
         config: HandoffConfig,
         *,
+        connect: Connect = connect,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.member = Member(info.worker_id, info.incarnation)
@@ -81,6 +69,7 @@ class Session:
         self._address = info.address
         self._listener = listener
         self._config = config
+        self._connect = connect
         self._clock = clock
         self._outgoing: list[Command] = []
         self._wake = asyncio.Event()
@@ -107,7 +96,7 @@ class Session:
             except* Exception as errors:
                 error = errors.exceptions[0]
                 reason = _reason(error)
-                if not isinstance(error, _EXPECTED):
+                if not isinstance(error, ConnectionBroken):
                     log.error("session with %s failed", self.member.worker_id, exc_info=error)
                 elif self.is_ready:
                     log.warning("worker %s is lost: %s", self.member.worker_id, reason)
@@ -121,26 +110,17 @@ class Session:
         self._lose(reason)
 
     async def _converse(self) -> None:
-        async with grpc.aio.insecure_channel(self._address, options=codec.INTERNAL_CHANNEL_OPTIONS) as channel:
-            method = channel.stream_stream(
-                codec.SESSION_METHOD, request_serializer=codec.encode, response_deserializer=codec.decode_report
-            )
-            call = method(metadata=((INCARNATION_KEY, str(self.member.incarnation)),))
+        async with self._connect(self._address, self.member.incarnation) as connection:
             self._heard_at = self._progress_at = self._clock()
             self._outgoing.clear()
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._read(call))
-                    tasks.create_task(self._write(call))
-                    tasks.create_task(self._beat())
-            finally:
-                call.cancel()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read(connection))
+                tasks.create_task(self._write(connection))
+                tasks.create_task(self._beat())
 
-    async def _read(self, call: Any) -> None:
+    async def _read(self, connection: Connection) -> None:
         while True:
-            report = await call.read()
-            if report is grpc.aio.EOF:
-                raise _Broken(f"the worker ended the session: {await call.details() or await call.code()}")
+            report = await connection.read()
             self._heard_at = self._clock()
             self._take(report)
 
@@ -154,13 +134,13 @@ class Session:
                 self._progress_at = self._heard_at
             self._listener.session_heard(self.member, event)
 
-    async def _write(self, call: Any) -> None:
+    async def _write(self, connection: Connection) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
             commands, self._outgoing = self._outgoing, []
             if commands:
-                await call.write(CommandBatch(commands=tuple(commands)))
+                await connection.write(CommandBatch(commands=tuple(commands)))
 
     async def _beat(self) -> None:
         """Heartbeats out, watchdogs in. Time in which this process itself was held up counts for nobody."""
@@ -175,9 +155,9 @@ class Session:
                 self._heard_at += held_up_s
                 self._progress_at += held_up_s
             if now - self._heard_at > self._config.progress_watchdog_s:
-                raise _Broken(f"silent for {now - self._heard_at:.1f} s")
+                raise ConnectionBroken(f"silent for {now - self._heard_at:.1f} s")
             if now - self._progress_at > STALL_FACTOR * self._config.progress_watchdog_s:
-                raise _Broken(f"no step for {now - self._progress_at:.1f} s while requests run")
+                raise ConnectionBroken(f"no step for {now - self._progress_at:.1f} s while requests run")
             self.send(Heartbeat(lease_ids=self._listener.lease_ids(self.member)))
 
     def _lose(self, reason: str) -> None:
@@ -188,8 +168,6 @@ class Session:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
     with contextlib.suppress(AttributeError):
         return _reason(error.exceptions[0])  # type: ignore[attr-defined]
     return str(error) or type(error).__name__
