@@ -71,7 +71,7 @@ def scale(
     address: Address = DEFAULT_ADDRESS,
     wait: Wait = 120.0,
 ) -> None:
-    """Set the size of each named pool; running requests of workers that go are finished first."""
+    """Set the size of each named pool; running requests of workers that go are handed on first."""
     pools = _parse_sizes(sizes)
     with _admin(address) as admin:
         admin.Scale(pb.ScaleRequest(pools=pools), timeout=CALL_TIMEOUT_S)
@@ -83,7 +83,7 @@ def drain(
     address: Address = DEFAULT_ADDRESS,
     wait: Wait = 120.0,
 ) -> None:
-    """Let a worker finish what it holds and stop it; its pool gets another worker in its stead."""
+    """Hand a worker's running requests on to others and stop it; its pool gets another worker in its stead."""
     with _admin(address) as admin:
         admin.Drain(pb.DrainRequest(worker_id=worker_id), timeout=CALL_TIMEOUT_S)
         _wait_until(admin, wait, lambda state: all(worker.worker_id != worker_id for worker in state.workers))

@@ -61,6 +61,14 @@ class Life(Protocol):
         """Somebody came back or joined: look for a route again, if one is wanted."""
         ...
 
+    def decodes_on(self, member: Member) -> bool:
+        """Whether that worker's batch holds the request."""
+        ...
+
+    def evict(self, member: Member) -> None:
+        """Leave that worker now and go on elsewhere from the tokens."""
+        ...
+
     def lease_on(self, member: Member) -> LeaseId | None:
         """The lease of that worker that the request still needs."""
         ...
@@ -103,6 +111,11 @@ class Pools:
         return tuple(seat.info for seat in self._seats.values())
 
     @property
+    def lives(self) -> tuple[Life, ...]:
+        """Requests that have not ended."""
+        return tuple(self._lives.values())
+
+    @property
     def num_requests(self) -> int:
         return len(self._lives)
 
@@ -132,6 +145,11 @@ class Pools:
     def num_ready(self, role: str) -> int:
         """Workers of a role that take new requests."""
         return len(self._ready(role))
+
+    def draining(self, role: str) -> list[WorkerInfo]:
+        """Workers of a role that are to be empty soon and can be reached."""
+        seats = self._seats.values()
+        return [one.info for one in seats if one.info.role == role and one.info.draining and one.session.is_ready]
 
     @staticmethod
     def member_of(info: WorkerInfo) -> Member:

@@ -20,6 +20,7 @@ from duopool.core.errors import DeadlineMissed, DuopoolError, Overloaded, Prompt
 from duopool.core.handoff.request import (
     Action,
     Emit,
+    Evicted,
     Finish,
     Heard,
     Lost,
@@ -150,6 +151,13 @@ class RequestLife:
             self._stage.routed_at = self._clock()
         self._wanted = None
         self._feed(Routed(route))
+
+    def decodes_on(self, member: Member) -> bool:
+        state = self._state
+        return state.phase is Phase.DECODING and state.route is not None and state.route.decode == member
+
+    def evict(self, member: Member) -> None:
+        self._feed(Evicted(member))
 
     def lease_on(self, member: Member) -> LeaseId | None:
         state = self._state

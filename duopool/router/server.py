@@ -20,6 +20,7 @@ from duopool.core.types import Role
 from duopool.proto import control_pb2_grpc, inference_pb2
 from duopool.router.admin_service import AdminService
 from duopool.router.control_service import COMMAND_TIMEOUT_S, ControlService
+from duopool.router.evacuation import Evacuation
 from duopool.router.generation import Generation
 from duopool.router.inference_service import InferenceService
 from duopool.router.pools import Pools
@@ -53,8 +54,9 @@ class RouterServer:
         self.pools = Pools(config, clock=clock)
         self._executor = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._health = health.aio.HealthServicer()
-        self._health_task: asyncio.Task[None] | None = None
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
         self._health_wake = asyncio.Event()
+        self._evacuation = Evacuation(self.pools)
         model_id = config.model.served_model_name or config.model.model
         control = ControlService(self.pools, command_timeout_s=command_timeout_s)
         self.generation = Generation(
@@ -81,22 +83,23 @@ class RouterServer:
             self.internal_port = self._internal.add_insecure_port(f"{LOOPBACK}:0")
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
-        self.pools.on_change = self._health_wake.set
-        self._health_wake.set()
-        self._health_task = asyncio.create_task(self._tell_health())
+        self.pools.on_change = self._on_change
+        self._on_change()
+        self._tasks = (asyncio.create_task(self._tell_health()), asyncio.create_task(self._evacuation.run()))
         await self._internal.start()
         await self._public.start()
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Take nothing new, let streams end for a while, then close everything. Safe to call twice."""
-        if self._health_task is None:
+        if not self._tasks:
             return
         await self._health.enter_graceful_shutdown()
         await self._public.stop(grace_s)
         await self.pools.close()
         await self._internal.stop(0)
-        self._health_task.cancel()
-        self._health_task = None
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = ()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _make_public(self, inference: InferenceService, admin: AdminService) -> grpc.aio.Server:
@@ -116,6 +119,10 @@ class RouterServer:
         names = [service.full_name for service in _SERVICES.values()]
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
+
+    def _on_change(self) -> None:
+        self._health_wake.set()
+        self._evacuation.wake()
 
     async def _tell_health(self) -> None:
         """Serving means that at least one worker of each role takes requests."""

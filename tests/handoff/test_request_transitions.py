@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from duopool.core.handoff.request import (
     Action,
     Emit,
+    Evicted,
     Finish,
     Heard,
     Lost,
@@ -148,6 +149,7 @@ class RequestMachine(RuleBasedStateMachine):
         self.emitted: list[int] = []
         self.finishes: list[Finish] = []
         self.num_routes = 0
+        self.num_evictions = 0
         self.num_heard = 0
         self.next_incarnation = 100
         self.state, actions = begin(RequestState(request=REQUEST, retries_left=MAX_RETRIES))
@@ -245,6 +247,15 @@ class RequestMachine(RuleBasedStateMachine):
         self.world.holders.pop(member, None)
         self.feed(Lost(member))
 
+    @rule(number=st.sampled_from([0, 1]), dice=st.integers(0, 2))
+    def evict(self, number: int, dice: int) -> None:
+        """A decode worker drains: its request goes on elsewhere, and that costs no retry."""
+        member, before = self.member("d", number), self.state
+        if dice == 0 and member not in self.lost:
+            self.num_evictions += before.phase is Phase.DECODING and before.route.decode == member  # type: ignore[union-attr]
+            self.feed(Evicted(member))
+            assert self.state.retries_left == before.retries_left
+
     @rule(phase=st.sampled_from([Phase.CANCELLED, Phase.FAILED, Phase.DONE]), dice=st.integers(0, 14))
     def stop(self, phase: Phase, dice: int) -> None:
         if dice == 14:
@@ -264,8 +275,8 @@ class RequestMachine(RuleBasedStateMachine):
     @invariant()
     def attempts_are_bounded(self) -> None:
         """One attempt at first and one per retry; a lease lost while no route is there costs no attempt."""
-        assert self.state.attempt <= 1 + MAX_RETRIES
-        assert self.num_routes <= 1 + MAX_RETRIES
+        assert self.state.attempt <= 1 + MAX_RETRIES + self.num_evictions
+        assert self.num_routes <= 1 + MAX_RETRIES + self.num_evictions
 
     @invariant()
     def nobody_holds_what_was_given_up(self) -> None:

@@ -269,7 +269,7 @@ def test_a_restarted_worker_is_a_new_member() -> None:
     asyncio.run(run())
 
 
-def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
+def test_a_draining_worker_hands_on_what_it_has_and_gets_nothing_new() -> None:
     async def run() -> None:
         async with FakeCluster(four(step_s=0.01)) as cluster:
             reading = Reading(cluster.inference.Generate(request()))
@@ -282,7 +282,27 @@ def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
             for other in others:
                 assert (await other.check(6)).decode_worker != draining.worker_id
             finished = await reading.check()
-            assert (finished.decode_worker, finished.attempts) == (draining.worker_id, 1)
+            assert finished.decode_worker != draining.worker_id
+            assert not draining.running
+
+    asyncio.run(run())
+
+
+def test_the_last_decode_worker_keeps_its_requests_until_another_one_is_there() -> None:
+    async def run() -> None:
+        last, next_one = FakeWorker("decode-0", "decode", step_s=0.01), FakeWorker("decode-1", "decode", step_s=0.01)
+        async with FakeCluster([FakeWorker("prefill-0", "prefill"), last]) as cluster:
+            reading = Reading(cluster.inference.Generate(request()))
+            await eventually(lambda: last.running)
+            last.draining = True
+            cluster.tell_members()
+            num_before = len(reading.token_ids)
+            await eventually(lambda: len(reading.token_ids) > num_before + 5)
+            assert last.running
+            await next_one.start()
+            cluster.workers.append(next_one)
+            cluster.tell_members()
+            assert (await reading.check()).decode_worker == next_one.worker_id
 
     asyncio.run(run())
 

@@ -15,6 +15,7 @@ import msgspec
 from duopool.core.handoff.request_state import (
     Action,
     Emit,
+    Evicted,
     Finish,
     Heard,
     Lost,
@@ -47,6 +48,7 @@ from duopool.core.messages import (
 __all__ = [
     "Action",
     "Emit",
+    "Evicted",
     "Finish",
     "Heard",
     "Lost",
@@ -83,6 +85,8 @@ def transition(state: RequestState, event: RequestEvent) -> Step:
             return _routed(state, route)
         case Lost(member=member):
             return _lost(state, member)
+        case Evicted(member=member):
+            return _evicted(state, member)
         case Stopped(phase=phase, reason=reason):
             return _end(state, Finish(phase, reason))
         case Heard(member=member, message=message):
@@ -194,6 +198,13 @@ def _lost(state: RequestState, member: Member) -> Step:
     if state.retries_left == 0:
         return _end(state, Finish(Phase.FAILED, f"worker {member.worker_id} was lost and no retries are left"))
     return _elsewhere(replace(state, retries_left=state.retries_left - 1), member)
+
+
+def _evicted(state: RequestState, member: Member) -> Step:
+    """Nothing has failed: leaving a worker that drains costs no retry."""
+    if state.phase is not Phase.DECODING or state.route is None or member != state.route.decode:
+        return state, ()
+    return _again(state)
 
 
 def _elsewhere(state: RequestState, failed: Member) -> Step:

@@ -94,6 +94,13 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Evicted:
+    """A decode worker that drains is to be left now: go on elsewhere from the tokens that are there."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """The router itself ends the request: client gone, deadline, stop string, slow reader."""
 
@@ -109,7 +116,7 @@ class Heard:
     message: Accepted | BlocksReady | Reserved | Joined | Tokens | Nack
 
 
-RequestEvent = Routed | Lost | Stopped | Heard
+RequestEvent = Routed | Lost | Evicted | Stopped | Heard
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
