@@ -44,6 +44,7 @@ class ClusterConfig(BaseModel):
     supervisor: SupervisorConfig = SupervisorConfig()
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
+    metrics_prefix: str = RouterConfig().metrics_prefix
     ray_address: str | None = None
     """Ray cluster to join; a private local one is started when None."""
     num_threads: int | None = Field(default=None, ge=1)
@@ -72,5 +73,10 @@ class ClusterConfig(BaseModel):
     def router(self) -> RouterConfig:
         """Configuration of the router."""
         return RouterConfig(
-            model=self.model, handoff=self.handoff, host=self.host, port=self.port, block_size=self.cache.block_size
+            model=self.model,
+            handoff=self.handoff,
+            host=self.host,
+            port=self.port,
+            block_size=self.cache.block_size,
+            metrics_prefix=self.metrics_prefix,
         )

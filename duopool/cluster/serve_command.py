@@ -65,6 +65,9 @@ def serve(
     num_gpus_per_worker: Annotated[
         float | None, typer.Option(min=0, help="Share of a GPU per worker; an even share of Ray's if not given.")
     ] = None,
+    metrics_prefix: Annotated[
+        str, typer.Option(help="First part of every metric's name; 'vllm' makes boards of vLLM fit.")
+    ] = "duopool",
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; a private one is started here if not given.")
     ] = None,
@@ -94,6 +97,7 @@ def serve(
             handoff=HandoffConfig(transport=transport.value),
             host=host,
             port=port,
+            metrics_prefix=metrics_prefix,
             ray_address=ray_address,
             num_threads=num_threads,
             num_gpus_per_worker=num_gpus_per_worker,

@@ -92,3 +92,5 @@ class RouterConfig(_Config):
     max_unread_tokens: int = Field(default=4096, ge=1)
     """Tokens a client may leave unread before its stream is ended."""
     block_size: int = Field(default=16, ge=1, le=256)
+    metrics_prefix: str = Field(default="duopool", pattern=r"^[a-zA-Z_][a-zA-Z0-9_]*$")
+    """First part of every metric's name, before the colon."""

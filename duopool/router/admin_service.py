@@ -29,14 +29,11 @@ class AdminService:
 
     async def ClusterState(self, request: pb.ClusterStateRequest, context: Any) -> pb.ClusterStateResponse:
         pools = self._pools
-        members = sorted(pools.members, key=lambda info: (info.role, info.worker_id))
         return pb.ClusterStateResponse(
             model=self._model_id,
             version=__version__,
             pools=self._pool_states(),
-            workers=[
-                worker_state(info, pools.loads.load(pools.member_of(info)), pools.state_of(info)) for info in members
-            ],
+            workers=[worker_state(info, load, state) for info, state, load in pools.worker_states()],
             requests=pools.num_requests,
             transport=self._config.handoff.transport,
         )

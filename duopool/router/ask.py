@@ -51,5 +51,7 @@ class Ask:
     request_id: str = ""
     """An alias of the client's own."""
     cache_salt: bytes = b""
+    traceparent: str = ""
+    """W3C trace context of the caller; carried into the request's record."""
     resume_from: tuple[int, ...] = ()
     """Tokens that an earlier, broken stream delivered."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from duopool.core.errors import DuopoolError
-from duopool.core.handoff.request import Member, Route
+from duopool.core.handoff.request import Member, Phase, Route
 from duopool.core.messages import GenerationRequest, Tokens
 from duopool.core.types import FinishReason
 from duopool.proto import inference_pb2 as pb
@@ -18,6 +18,7 @@ from duopool.router.outbox import Outbox
 from duopool.router.stage_times import StageTimes
 from duopool.router.text_stream import TextStream
 from duopool.router.tokenizer import Tokenizer
+from duopool.router.watch import RequestRecord
 
 
 class Delivery:
@@ -126,6 +127,31 @@ class Delivery:
     def close(self) -> None:
         """Nothing more will come."""
         self._outbox.end_choice()
+
+    def record(
+        self, phase: Phase, route: Route | None, *, attempts: int, error: DuopoolError | None, traceparent: str
+    ) -> RequestRecord:
+        """All that is known of the choice at its end."""
+        now = self._clock()
+        num_prompt_tokens = len(self._request.prompt_token_ids)
+        ends = {Phase.DONE: self._finish_reason.value, Phase.CANCELLED: "abort"}
+        return RequestRecord(
+            request_id=self._request.request_id,
+            name=self._name,
+            traceparent=traceparent,
+            ended_at=now,
+            phase=phase,
+            finish_reason=ends.get(phase, "error"),
+            error="" if error is None else type(error).__name__,
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=min(self.num_cached_tokens, num_prompt_tokens),
+            num_output_tokens=self._stage.num_tokens,
+            max_tokens=self._request.params.max_tokens,
+            attempts=attempts,
+            prefill_worker=_name(route.prefill if route else None),
+            decode_worker=_name(route.decode if route else None),
+            times=self._stage.as_message(now),
+        )
 
     def _note_end(self, tokens: Tokens) -> None:
         """Remember why the output ends, if it does; a stop string counts before the worker's reason."""

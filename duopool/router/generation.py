@@ -29,6 +29,7 @@ from duopool.router.pools import Pools
 from duopool.router.request_life import ROUTE_WAIT_S, Origin, RequestLife
 from duopool.router.text_stream import TextStream
 from duopool.router.tokenizer import Tokenizer
+from duopool.router.watch import NOBODY, Watch
 
 Result = TypeVar("Result")
 
@@ -60,6 +61,7 @@ class Generation:
         random: Random,
         clock: Callable[[], float] = time.monotonic,
         route_wait_s: float = ROUTE_WAIT_S,
+        watch: Watch = NOBODY,
     ) -> None:
         self.model_id = model_id
         self.tokenizer = tokenizer
@@ -69,6 +71,7 @@ class Generation:
         self._random = random
         self._clock = clock
         self._route_wait_s = route_wait_s
+        self._watch = watch
         self._admission = admission.Admission(config.max_num_requests)
 
     @asynccontextmanager
@@ -203,11 +206,13 @@ class Generation:
                 choice=choice,
                 deadline=deadline,
                 route_wait_s=self._route_wait_s,
+                traceparent=ask.traceparent,
             ),
             text=TextStream(detokenizer, params),
             tokenizer=tokenizer,
             pools=self.pools,
             outbox=outbox,
+            watch=self._watch,
             clock=self._clock,
         )
 

@@ -162,6 +162,11 @@ class Pools:
             return "draining"
         return seat.session.state.value
 
+    def worker_states(self) -> list[tuple[WorkerInfo, str, WorkerLoad]]:
+        """Every member by role and name, with its state (see `state_of`) and its last load."""
+        members = sorted(self.members, key=lambda info: (info.role, info.worker_id))
+        return [(info, self.state_of(info), self.loads.load(self.member_of(info))) for info in members]
+
     def _leave(self, member: Member, reason: str) -> None:
         seat = self._seats.pop(member)
         seat.task.cancel()

@@ -54,6 +54,7 @@ from duopool.router.route_search import RouteSearch, pinned_prefill
 from duopool.router.stage_times import StageTimes
 from duopool.router.text_stream import TextStream
 from duopool.router.tokenizer import Tokenizer
+from duopool.router.watch import NOBODY, Watch
 
 ROUTE_WAIT_S = 60.0
 """How long a request waits for a pool that has nobody."""
@@ -69,6 +70,8 @@ class Origin:
     deadline: float | None = None
     """On the router's clock."""
     route_wait_s: float = ROUTE_WAIT_S
+    traceparent: str = ""
+    """W3C trace context of the caller."""
 
 
 class RequestLife:
@@ -83,9 +86,11 @@ class RequestLife:
         tokenizer: Tokenizer,
         pools: Pools,
         outbox: Outbox,
+        watch: Watch = NOBODY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
+        self._watch = watch
         self._origin = origin
         self._pools = pools
         self._clock = clock
@@ -115,6 +120,7 @@ class RequestLife:
     def start(self) -> None:
         """Enter the register and ask for the first route, unless all tokens are there already."""
         self._pools.enter(self)
+        self._watch.began()
         if self._delivery.resume(self._state.output):
             self.stop(Phase.DONE)
             return
@@ -188,8 +194,7 @@ class RequestLife:
                         command = msgspec.structs.replace(command, deadline_s=self._remaining_s())
                     self._pools.send(member, command)
                 case Emit(tokens=tokens):
-                    stopped = self._delivery.show(tokens, self._state.route)
-                    self._error = self._delivery.error or self._error
+                    stopped = self._show(tokens)
                 case NeedRoute():
                     self._wanted = action
                     self._search.unexpect()
@@ -198,6 +203,16 @@ class RequestLife:
                     self._finish(action)
         if stopped and not self.has_ended:
             self._feed(Stopped(Phase.DONE if self._error is None else Phase.FAILED))
+
+    def _show(self, tokens: Tokens) -> bool:
+        """Show tokens to the client; True when it is to see nothing more."""
+        before = self._stage.last_token_at
+        stopped = self._delivery.show(tokens, self._state.route)
+        self._error = self._delivery.error or self._error
+        since = self._stage.began_at if before is None else before
+        now = self._stage.last_token_at or since
+        self._watch.shown(len(tokens.token_ids), now - since, is_first=before is None)
+        return stopped
 
     def _finish(self, finish: Finish) -> None:
         self._wanted = None
@@ -209,6 +224,15 @@ class RequestLife:
         elif finish.phase is Phase.DONE:
             self._delivery.finish(self._state.route, attempts=self._state.attempt)
         self._delivery.close()
+        self._watch.ended(
+            self._delivery.record(
+                finish.phase,
+                self._state.route,
+                attempts=self._state.attempt,
+                error=error,
+                traceparent=self._origin.traceparent,
+            )
+        )
 
     def _give_up(self) -> None:
         self.stop(Phase.FAILED, Unavailable("no worker pair became ready in time for this request"))

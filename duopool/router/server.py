@@ -23,10 +23,12 @@ from duopool.router.control_service import COMMAND_TIMEOUT_S, ControlService
 from duopool.router.evacuation import Evacuation
 from duopool.router.generation import Generation
 from duopool.router.inference_service import InferenceService
+from duopool.router.metrics import Metrics
 from duopool.router.pools import Pools
 from duopool.router.request_life import ROUTE_WAIT_S
 from duopool.router.rpc import service_handler
 from duopool.router.tokenizer import Tokenizer
+from duopool.router.watch import Watches
 
 LOOPBACK = "127.0.0.1"
 NUM_TOKENIZER_THREADS = 2
@@ -59,6 +61,7 @@ class RouterServer:
         self._evacuation = Evacuation(self.pools)
         model_id = config.model.served_model_name or config.model.model
         control = ControlService(self.pools, command_timeout_s=command_timeout_s)
+        self.metrics = Metrics(self.pools, model_id=model_id, prefix=config.metrics_prefix)
         self.generation = Generation(
             config,
             model_id=model_id,
@@ -68,6 +71,7 @@ class RouterServer:
             random=random or Random(),
             clock=clock,
             route_wait_s=route_wait_s,
+            watch=Watches((self.metrics,)),
         )
         inference = InferenceService(self.generation)
         admin = AdminService(config, model_id=model_id, pools=self.pools, control=control)
