@@ -29,7 +29,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole state as JSON.")] = False,
 ) -> None:
     """Show the pools and every worker: requests, KV blocks, counters."""
-    with _admin(address) as admin:
+    with admin_of(address) as admin:
         state = admin.ClusterState(pb.ClusterStateRequest(), timeout=CALL_TIMEOUT_S)
     if as_json:
         typer.echo(MessageToJson(state, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
@@ -73,7 +73,7 @@ def scale(
 ) -> None:
     """Set the size of each named pool; running requests of workers that go are handed on first."""
     pools = _parse_sizes(sizes)
-    with _admin(address) as admin:
+    with admin_of(address) as admin:
         admin.Scale(pb.ScaleRequest(pools=pools), timeout=CALL_TIMEOUT_S)
         _wait_until(admin, wait, lambda state: _is_at_size(state, pools))
 
@@ -84,13 +84,14 @@ def drain(
     wait: Wait = 120.0,
 ) -> None:
     """Hand a worker's running requests on to others and stop it; its pool gets another worker in its stead."""
-    with _admin(address) as admin:
+    with admin_of(address) as admin:
         admin.Drain(pb.DrainRequest(worker_id=worker_id), timeout=CALL_TIMEOUT_S)
         _wait_until(admin, wait, lambda state: all(worker.worker_id != worker_id for worker in state.workers))
 
 
 @contextmanager
-def _admin(address: str) -> Iterator[Any]:
+def admin_of(address: str) -> Iterator[Any]:
+    """The Admin service of a router; what it refuses becomes one line and an exit code."""
     with clear_errors(address), grpc.insecure_channel(address) as channel:
         yield inference_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
 

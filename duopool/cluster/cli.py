@@ -7,6 +7,7 @@ import typer
 from duopool import __version__
 from duopool.cluster import (
     admin_commands,
+    audit_command,
     bench_command,
     config_command,
     demo_command,
@@ -29,6 +30,7 @@ app.command("generate")(generate_command.generate)
 app.command("status")(admin_commands.status)
 app.command("scale")(admin_commands.scale)
 app.command("drain")(admin_commands.drain)
+app.command("audit")(audit_command.audit)
 app.command("demo")(demo_command.demo)
 app.command("bench")(bench_command.bench)
 app.command("doctor")(doctor_command.doctor)

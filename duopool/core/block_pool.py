@@ -33,6 +33,10 @@ class BlockPool:
         """How often this block was allocated: tells its present content from what it held before."""
         return self._generations[block_id]
 
+    def free_list(self) -> tuple[BlockId, ...]:
+        """The free list as it stands; the block at its end is taken first."""
+        return tuple(self._free)
+
     def is_free(self, block_id: BlockId) -> bool:
         return bool(self._is_free[block_id])
 

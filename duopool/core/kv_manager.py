@@ -19,6 +19,7 @@ from duopool.core.block_pool import BlockPool
 from duopool.core.block_table import BlockTable, blocks_for
 from duopool.core.errors import DuopoolError, OutOfBlocks
 from duopool.core.kv_events import KvEvent
+from duopool.core.ledger import BlockLedger
 from duopool.core.prefix_cache import PrefixCache
 from duopool.core.types import BlockCopy, BlockId, BlockKey, RequestId
 
@@ -236,6 +237,18 @@ class KVCacheManager:
     def reset_cache(self) -> None:
         """Drop every cached block that can be evicted."""
         self._pool.give_back(self._cache.evict(self._cache.num_evictable))
+
+    def ledger(self) -> BlockLedger:
+        """Every block, table and pin as it stands, for an audit."""
+        counts = ((BlockId(index), self._pool.ref_count(BlockId(index))) for index in range(self.num_blocks))
+        return BlockLedger(
+            num_blocks=self.num_blocks,
+            free=self._pool.free_list(),
+            cached=tuple(self._cache.blocks().values()),
+            ref_counts={block_id: count for block_id, count in counts if count},
+            tables={name: tuple(sequence.table.block_ids) for name, sequence in self._sequences.items()},
+            pins=dict(self._pins),
+        )
 
     def check(self) -> None:
         """Raise AssertionError unless every block is accounted for exactly once."""

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 import msgspec
 
+from duopool.core.ledger import WorkerLedger
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.types import BlockId, BlockKey, FinishReason, Incarnation, LeaseId, RequestId, TokenLogprob, WorkerId
 
@@ -99,6 +100,12 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
 class SnapshotWanted(Message, frozen=True, kw_only=True):
     """The router missed KV events: send everything that is cached."""
+
+
+class LedgerWanted(Message, frozen=True, kw_only=True):
+    """An audit: tell everything the worker holds, behind all events before it."""
+
+    audit_id: int
 
 
 # ---- both ways: P -> router, and forwarded router -> D ---------------------------------------------------------------
@@ -240,8 +247,15 @@ class WorkerLoad(Message, frozen=True, kw_only=True):
     """Duration of the last step."""
 
 
-Command = Prefill | Reserve | BlocksReady | Rebind | Cancel | Heartbeat | SnapshotWanted
-Event = Accepted | BlocksReady | Reserved | Joined | Tokens | Nack | KvChanged | KvSnapshot | WorkerLoad
+class LedgerReport(Message, frozen=True, kw_only=True):
+    """The answer to LedgerWanted."""
+
+    audit_id: int
+    ledger: WorkerLedger
+
+
+Command = Prefill | Reserve | BlocksReady | Rebind | Cancel | Heartbeat | SnapshotWanted | LedgerWanted
+Event = Accepted | BlocksReady | Reserved | Joined | Tokens | Nack | KvChanged | KvSnapshot | WorkerLoad | LedgerReport
 
 
 class StepReport(msgspec.Struct, frozen=True, kw_only=True):

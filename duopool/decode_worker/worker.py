@@ -20,11 +20,14 @@ from duopool.core.config import WorkerConfig
 from duopool.core.handoff import slot as slots
 from duopool.core.handoff.slot import Slot
 from duopool.core.kv_manager import KVCacheManager
+from duopool.core.ledger import WorkerLedger
 from duopool.core.messages import (
     BlocksReady,
     Cancel,
     Command,
     Heartbeat,
+    LedgerReport,
+    LedgerWanted,
     NackReason,
     Prefill,
     Rebind,
@@ -38,8 +41,10 @@ from duopool.core.types import FinishReason, RequestId
 from duopool.core.worker import Addressed, SessionId
 from duopool.decode_worker.decode_request import DecodePhase, DecodeRequest, table_name
 from duopool.decode_worker.handoff import Answer, Handoffs, Outcome
+from duopool.decode_worker.holder import holder
 from duopool.decode_worker.scheduler import DecodeScheduler
 from duopool.engine.arrivals import Arrivals, Standing
+from duopool.engine.ledger import make_ledger, unique
 from duopool.engine.next_token import next_token
 from duopool.engine.outbox import Outbox
 from duopool.engine.served_model import ServedModel
@@ -104,6 +109,8 @@ class DecodeWorker:
                     self._cancel(command, now=now)
                 case SnapshotWanted():
                     self._outbox.say_kv_snapshot(session, self._manager)
+                case LedgerWanted(audit_id=audit_id):
+                    self._outbox.say(session, LedgerReport(audit_id=audit_id, ledger=self._ledger(session, now=now)))
                 case Prefill(request=request, attempt=attempt):
                     self._outbox.refuse(
                         session, request.request_id, attempt, NackReason.INTERNAL, "this worker decodes"
@@ -158,13 +165,7 @@ class DecodeWorker:
 
     def check(self) -> None:
         with self._lock:
-            self._manager.check()
-            self._scheduler.check()
-            queued = [*self._scheduler.waiting, *self._scheduler.pulling, *self._scheduler.running]
-            alive = [one for one in queued if one.phase is not DecodePhase.ENDED]
-            assert {id(one) for one in alive} == {id(one) for one in self._requests.values()}
-            for request in self._scheduler.running:
-                assert 0 < request.num_missing_tokens <= request.num_tokens
+            self._check()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -373,6 +374,22 @@ class DecodeWorker:
         self._scheduler.remove(request)
         if not request.is_in_step and self._manager.has(request.table):
             self._manager.free(request.table)
+
+    # ---- invariants ----------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        self._manager.check()
+        self._scheduler.check()
+        queued = [*self._scheduler.waiting, *self._scheduler.pulling, *self._scheduler.running]
+        alive = [one for one in queued if one.phase is not DecodePhase.ENDED]
+        assert {id(one) for one in alive} == {id(one) for one in self._requests.values()}
+        for request in self._scheduler.running:
+            assert 0 < request.num_missing_tokens <= request.num_tokens
+
+    def _ledger(self, asker: SessionId, *, now: float) -> WorkerLedger:
+        holders = unique((*self._requests.values(), *self._scheduler.pulling, *self._in_step))
+        entries = tuple(holder(request, self._outbox, asker=asker, now=now) for request in holders)
+        return make_ledger(self._manager, entries, check=self._check)
 
     # ---- reports -------------------------------------------------------------------------------------------------
 

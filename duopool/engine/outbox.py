@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from duopool.core.kv_events import net_changes
 from duopool.core.kv_manager import KVCacheManager
+from duopool.core.ledger import Owner
 from duopool.core.messages import Event, KvChanged, KvSnapshot, KvStoredSegment, Nack, NackReason, WorkerLoad
 from duopool.core.types import RequestId
 from duopool.core.worker import Addressed, SessionId
@@ -44,6 +45,16 @@ class Outbox:
         """True if the session has not been heard for `limit_s` seconds, or is not known."""
         heard_at = self._heard_at.get(session)
         return heard_at is None or now - heard_at >= limit_s
+
+    def owner(self, session: SessionId, *, asker: SessionId) -> Owner:
+        """Whose a session's requests are to the router that asks."""
+        if session == asker:
+            return Owner.ASKER
+        return Owner.OTHER if session in self._open else Owner.GONE
+
+    def silent_s(self, session: SessionId, *, now: float) -> float:
+        """How long the session has given no sign of life; for ever if it is not known."""
+        return now - self._heard_at.get(session, float("-inf"))
 
     def sweep(self, *, now: float, limit_s: float) -> None:
         """Forget closed sessions after `limit_s` seconds."""

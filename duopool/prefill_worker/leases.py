@@ -48,6 +48,10 @@ class LeaseBook:
     def __len__(self) -> int:
         return len(self._holders)
 
+    @property
+    def holders(self) -> tuple[PrefillRequest, ...]:
+        return tuple(self._holders.values())
+
     def holder(self, lease_id: LeaseId) -> PrefillRequest | None:
         return self._holders.get(lease_id)
 

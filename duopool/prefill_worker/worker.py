@@ -17,11 +17,14 @@ from dataclasses import dataclass
 
 from duopool.core.config import WorkerConfig
 from duopool.core.kv_manager import KVCacheManager
+from duopool.core.ledger import WorkerLedger
 from duopool.core.messages import (
     BlocksReady,
     Cancel,
     Command,
     Heartbeat,
+    LedgerReport,
+    LedgerWanted,
     NackReason,
     Prefill,
     ReadBlocks,
@@ -38,9 +41,11 @@ from duopool.core.step import Runner, StepPlan, StepResult
 from duopool.core.types import LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId
 from duopool.engine.arrivals import Arrivals, Standing
+from duopool.engine.ledger import make_ledger, unique
 from duopool.engine.next_token import next_token
 from duopool.engine.outbox import Outbox
 from duopool.engine.served_model import ServedModel
+from duopool.prefill_worker.holder import holder
 from duopool.prefill_worker.leases import LeaseBook, SourceIdentity
 from duopool.prefill_worker.prefill_request import PrefillPhase, PrefillRequest, table_name
 from duopool.prefill_worker.scheduler import PrefillScheduler
@@ -121,6 +126,8 @@ class PrefillWorker:
                             self._leases.extend(holder, now=now)
                 case SnapshotWanted():
                     self._outbox.say_kv_snapshot(session, self._manager)
+                case LedgerWanted(audit_id=audit_id):
+                    self._outbox.say(session, LedgerReport(audit_id=audit_id, ledger=self._ledger(session, now=now)))
                 case Reserve(request=request, attempt=attempt):
                     self._outbox.refuse(
                         session, request.request_id, attempt, NackReason.INTERNAL, "this worker prefills"
@@ -174,13 +181,7 @@ class PrefillWorker:
 
     def check(self) -> None:
         with self._lock:
-            self._manager.check()
-            self._scheduler.check()
-            self._leases.check()
-            for request in self._requests.values():
-                assert request.phase is not PrefillPhase.ENDED
-                assert (request.phase is PrefillPhase.WAITING) != self._manager.has(request.table)
-                assert request.phase is not PrefillPhase.LEASED or request.lease is not None
+            self._check()
 
     # ---- LeaseKeeper ---------------------------------------------------------------------------------------------
 
@@ -382,6 +383,23 @@ class PrefillWorker:
         is_needed = request.phase is not PrefillPhase.ENDED or request.is_in_step
         if not is_needed and self._leases.close(request) and self._manager.has(request.table):
             self._manager.free(request.table)
+
+    # ---- invariants ----------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        self._manager.check()
+        self._scheduler.check()
+        self._leases.check()
+        for request in self._requests.values():
+            assert request.phase is not PrefillPhase.ENDED
+            assert (request.phase is PrefillPhase.WAITING) != self._manager.has(request.table)
+            assert request.phase is not PrefillPhase.LEASED or request.lease is not None
+
+    def _ledger(self, asker: SessionId, *, now: float) -> WorkerLedger:
+        stepping = (stretch.request for stretch in self._in_step)
+        holders = unique((*self._requests.values(), *self._leases.holders, *stepping))
+        entries = tuple(holder(request, self._outbox, asker=asker, now=now) for request in holders)
+        return make_ledger(self._manager, entries, check=self._check)
 
     # ---- reports -------------------------------------------------------------------------------------------------
 

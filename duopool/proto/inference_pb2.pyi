@@ -349,3 +349,59 @@ class DrainRequest(_message.Message):
 class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class AuditRequest(_message.Message):
+    __slots__ = ("at_rest",)
+    AT_REST_FIELD_NUMBER: _ClassVar[int]
+    at_rest: bool
+    def __init__(self, at_rest: _Optional[bool] = ...) -> None: ...
+
+class Finding(_message.Message):
+    __slots__ = ("where", "subject", "problem")
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    where: str
+    subject: str
+    problem: str
+    def __init__(self, where: _Optional[str] = ..., subject: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class ProcessAudit(_message.Message):
+    __slots__ = ("name", "role", "requests", "blocks", "free_blocks", "cached_blocks", "referenced_blocks", "leases", "quarantined", "fds", "threads", "tasks", "streams", "resident_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    REFERENCED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    FDS_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    role: str
+    requests: int
+    blocks: int
+    free_blocks: int
+    cached_blocks: int
+    referenced_blocks: int
+    leases: int
+    quarantined: int
+    fds: int
+    threads: int
+    tasks: int
+    streams: int
+    resident_bytes: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., requests: _Optional[int] = ..., blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., referenced_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., quarantined: _Optional[int] = ..., fds: _Optional[int] = ..., threads: _Optional[int] = ..., tasks: _Optional[int] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
+
+class AuditResponse(_message.Message):
+    __slots__ = ("findings", "processes")
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    PROCESSES_FIELD_NUMBER: _ClassVar[int]
+    findings: _containers.RepeatedCompositeFieldContainer[Finding]
+    processes: _containers.RepeatedCompositeFieldContainer[ProcessAudit]
+    def __init__(self, findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., processes: _Optional[_Iterable[_Union[ProcessAudit, _Mapping]]] = ...) -> None: ...

@@ -255,6 +255,11 @@ class AdminStub:
                 request_serializer=duopool_dot_proto_dot_inference__pb2.DrainRequest.SerializeToString,
                 response_deserializer=duopool_dot_proto_dot_inference__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Audit = channel.unary_unary(
+                '/duopool.v1.Admin/Audit',
+                request_serializer=duopool_dot_proto_dot_inference__pb2.AuditRequest.SerializeToString,
+                response_deserializer=duopool_dot_proto_dot_inference__pb2.AuditResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -268,14 +273,21 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """Sets the size of each named pool; running requests of workers that go are finished first.
+        """Sets the size of each named pool; running requests of workers that go are handed on first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Lets a worker finish what it holds and take nothing new.
+        """Lets a worker take nothing new and hand on what it decodes; it is stopped when it is empty.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Audit(self, request, context):
+        """Compares every worker's ledger with the router's requests and names what is wrong.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -298,6 +310,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=duopool_dot_proto_dot_inference__pb2.DrainRequest.FromString,
                     response_serializer=duopool_dot_proto_dot_inference__pb2.DrainResponse.SerializeToString,
+            ),
+            'Audit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Audit,
+                    request_deserializer=duopool_dot_proto_dot_inference__pb2.AuditRequest.FromString,
+                    response_serializer=duopool_dot_proto_dot_inference__pb2.AuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -382,6 +399,33 @@ class Admin:
             '/duopool.v1.Admin/Drain',
             duopool_dot_proto_dot_inference__pb2.DrainRequest.SerializeToString,
             duopool_dot_proto_dot_inference__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Audit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/duopool.v1.Admin/Audit',
+            duopool_dot_proto_dot_inference__pb2.AuditRequest.SerializeToString,
+            duopool_dot_proto_dot_inference__pb2.AuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,11 +17,13 @@ from typing import Any
 
 import grpc
 import msgspec
+from msgspec import structs
 
-from duopool.core.messages import Event, KvChanged, KvSnapshot, StepReport, WorkerLoad
+from duopool.core.messages import Event, KvChanged, KvSnapshot, LedgerReport, StepReport, WorkerLoad
 from duopool.core.types import Incarnation
 from duopool.core.worker import SessionId, Worker
 from duopool.proto import codec
+from duopool.proto.process_resources import measure_resources
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +130,14 @@ class WorkerService:
                 for mailbox in self._mailboxes.values():
                     mailbox.put(addressed.event)
             elif (found := self._mailboxes.get(addressed.session)) is not None:
-                found.put(addressed.event)
+                found.put(self._completed(addressed.event))
+
+    def _completed(self, event: Event) -> Event:
+        """A ledger lacks what only the process knows."""
+        if not isinstance(event, LedgerReport):
+            return event
+        resources = measure_resources(num_streams=len(self._mailboxes))
+        return structs.replace(event, ledger=structs.replace(event.ledger, resources=resources))
 
     async def _session(self, requests: AsyncIterator[bytes], context: Any) -> None:
         # A coroutine that writes, not an async generator: its `finally` runs at once when the router goes away.

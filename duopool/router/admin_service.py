@@ -13,7 +13,10 @@ from duopool.core.errors import InvalidRequest, WorkerNotFound
 from duopool.core.types import Role
 from duopool.proto import control_pb2, inference_pb2
 from duopool.proto import inference_pb2 as pb
+from duopool.proto.audit_codec import audit_response, router_audit, worker_audit
+from duopool.proto.process_resources import measure_resources
 from duopool.proto.public_codec import worker_state
+from duopool.router.audit import Auditor
 from duopool.router.control_service import ControlService
 from duopool.router.pools import Pools
 
@@ -26,6 +29,7 @@ class AdminService:
         self._model_id = model_id
         self._pools = pools
         self._control = control
+        self._auditor = Auditor(pools, config.handoff)
 
     async def ClusterState(self, request: pb.ClusterStateRequest, context: Any) -> pb.ClusterStateResponse:
         pools = self._pools
@@ -56,6 +60,12 @@ class AdminService:
         drain = control_pb2.DrainWorker(worker_id=request.worker_id)
         await self._control.command(control_pb2.ClusterCommand(drain=drain))
         return pb.DrainResponse()
+
+    async def Audit(self, request: pb.AuditRequest, context: Any) -> pb.AuditResponse:
+        audit = await self._auditor.audit(at_rest=request.at_rest)
+        num_requests = self._pools.num_requests
+        own = router_audit(measure_resources(num_streams=num_requests), num_requests=num_requests)
+        return audit_response(audit.findings, [*(worker_audit(*one) for one in audit.ledgers), own])
 
     def _pool_states(self) -> list[pb.PoolState]:
         pools = self._pools

@@ -73,6 +73,11 @@ class LoadTable:
             row.expected.subtract(keys)
             row.expected = +row.expected
 
+    @property
+    def num_expected_keys(self) -> int:
+        """Blocks that workers are about to compute, over all workers."""
+        return sum(len(row.expected) for row in self._rows.values())
+
     def num_expected(self, member: Member, keys: Sequence[BlockKey]) -> int:
         """How many of `keys`, from the first one on, are being computed there."""
         row = self._rows.get(member)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from duopool.core.audit import RequestEntry, RouterView
 from duopool.core.config import RouterConfig
 from duopool.core.errors import DuopoolError
 from duopool.core.handoff.request import Member, Phase, Route
@@ -26,6 +27,7 @@ from duopool.core.messages import (
     Joined,
     KvChanged,
     KvSnapshot,
+    LedgerReport,
     Nack,
     Reserved,
     SnapshotWanted,
@@ -69,6 +71,10 @@ class Life(Protocol):
         """Leave that worker now and go on elsewhere from the tokens."""
         ...
 
+    def entry(self) -> RequestEntry:
+        """Where the request stands, for an audit."""
+        ...
+
     def lease_on(self, member: Member) -> LeaseId | None:
         """The lease of that worker that the request still needs."""
         ...
@@ -103,6 +109,8 @@ class Pools:
         """Pool sizes that the supervisor aims at."""
         self.on_change: Callable[[], None] = lambda: None
         """Called when a session comes or goes."""
+        self.on_ledger: Callable[[Member, LedgerReport], None] = lambda member, report: None
+        """Called with a worker's answer to an audit."""
 
     # ---- membership -------------------------------------------------------------------------------------------------
 
@@ -199,6 +207,10 @@ class Pools:
         if seat is not None:
             seat.session.send(command)
 
+    def view(self) -> RouterView:
+        """All live requests at this moment."""
+        return {request_id: life.entry() for request_id, life in self._lives.items()}
+
     def namespace(self) -> tuple[int, bytes]:
         """(block size, namespace) of the members' block keys."""
         for seat in self._seats.values():
@@ -282,6 +294,8 @@ class Pools:
         match event:
             case WorkerLoad():
                 self.loads.report(member, event)
+            case LedgerReport():
+                self.on_ledger(member, event)
             case KvChanged() | KvSnapshot():
                 if self._index.apply(member, event):
                     self.send(member, SnapshotWanted())

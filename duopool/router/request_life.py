@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from duopool.core.audit import RequestEntry
 from duopool.core.errors import DeadlineMissed, DuopoolError, Overloaded, PromptTooLong, Unavailable, WorkerLost
 from duopool.core.handoff.request import (
     Action,
@@ -164,6 +165,15 @@ class RequestLife:
 
     def evict(self, member: Member) -> None:
         self._feed(Evicted(member))
+
+    def entry(self) -> RequestEntry:
+        state, route = self._state, self._state.route
+        return RequestEntry(
+            attempt=state.attempt,
+            phase=state.phase,
+            prefill=route.prefill if route else None,
+            decode=route.decode if route else None,
+        )
 
     def lease_on(self, member: Member) -> LeaseId | None:
         state = self._state
