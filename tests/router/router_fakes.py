@@ -16,6 +16,7 @@ import grpc
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from duopool.core.config import HandoffConfig, ModelConfig, RouterConfig
+from duopool.core.ledger import BlockLedger, Holder, WorkerLedger
 from duopool.core.messages import (
     Accepted,
     BlocksReady,
@@ -27,6 +28,8 @@ from duopool.core.messages import (
     Joined,
     KvSnapshot,
     LeaseRef,
+    LedgerReport,
+    LedgerWanted,
     Nack,
     NackReason,
     Prefill,
@@ -110,6 +113,8 @@ class FakeWorker:
         self.stalled = False
         """Say only that no step was made."""
         self.draining = False
+        self.holders: list[Holder] = []
+        """What it says that it holds when it is audited."""
         self.running: dict[str, asyncio.Task[None]] = {}
         self._reserved: dict[tuple[str, int], GenerationRequest] = {}
         self._num_steps = 0
@@ -158,7 +163,7 @@ class FakeWorker:
             self._server = None
 
     def say(self, event: Event) -> None:
-        if (self.mute or self.stalled) and not isinstance(event, WorkerLoad | KvSnapshot):
+        if (self.mute or self.stalled) and not isinstance(event, WorkerLoad | KvSnapshot | LedgerReport):
             return
         home = self._homes.get(getattr(event, "request_id", ""))
         for queue in self._sessions if home is None else [home]:
@@ -234,6 +239,17 @@ class FakeWorker:
                 task = self.running.pop(request_id, None)
                 if task is not None:
                     task.cancel()
+            case LedgerWanted(audit_id=audit_id):
+                blocks = BlockLedger(
+                    num_blocks=NUM_BLOCKS,
+                    free=tuple(BlockId(n) for n in range(NUM_BLOCKS)),
+                    cached=(),
+                    ref_counts={},
+                    tables={},
+                    pins={},
+                )
+                ledger = WorkerLedger(blocks=blocks, holders=tuple(self.holders))
+                self.say(LedgerReport(audit_id=audit_id, ledger=ledger))
             case Rebind() | Heartbeat() | SnapshotWanted() | BlocksReady():
                 pass
 

@@ -98,7 +98,7 @@ class AnyOrder(RuleBasedStateMachine):
     def cancel_during_a_step(self, name: str, is_for_prefill: bool) -> None:
         pair = self.pair
         runner = pair.prefill_runner if is_for_prefill else pair.decode_runner
-        runner.during_step = lambda: self.cancel_on_one_side(name, is_for_prefill)
+        runner.during_step = lambda: (self.cancel_on_one_side(name, is_for_prefill), self.ledgers_agree())
         (pair.step_prefill if is_for_prefill else pair.step_decode)()
         runner.during_step = lambda: None
 
@@ -111,6 +111,11 @@ class AnyOrder(RuleBasedStateMachine):
         if hasattr(self, "pair"):
             self.pair.prefill.check()
             self.pair.decode.check()
+
+    @invariant()
+    def ledgers_agree(self) -> None:
+        if hasattr(self, "pair"):
+            assert self.pair.audit() == []
 
     @invariant()
     def streams_are_right_so_far(self) -> None:

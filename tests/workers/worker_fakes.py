@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
 
+from duopool.core.audit import audit_worker
 from duopool.core.config import HandoffConfig, SchedulerConfig, WorkerConfig
 from duopool.core.kv_manager import KVCacheManager
 from duopool.core.messages import (
@@ -25,6 +26,8 @@ from duopool.core.messages import (
     KvChanged,
     KvSnapshot,
     LeaseRef,
+    LedgerReport,
+    LedgerWanted,
     Nack,
     Prefill,
     ReadBlocks,
@@ -361,6 +364,17 @@ class Pair:
                     assert not known & set(segment.keys)
                     known.update(segment.keys)
             assert known == {key for path in manager.snapshot() for key in path}
+
+    def audit(self) -> list[str]:
+        """What both workers' ledgers say against themselves."""
+        found = []
+        for worker in (self.prefill, self.decode):
+            worker.handle(LedgerWanted(audit_id=1), ROUTER, now=self.clock.now)
+            self.collect()
+            (report,) = [event for event in self.events if isinstance(event, LedgerReport)]
+            self.events.remove(report)
+            found += audit_worker(WorkerId(type(worker).__name__), report.ledger, orphan_limit_s=5.0)
+        return [str(finding) for finding in found]
 
     def assert_nothing_is_held(self) -> None:
         for worker, manager in ((self.prefill, self.prefill_manager), (self.decode, self.decode_manager)):
