@@ -15,6 +15,7 @@ from duopool.proto import inference_pb2 as pb
 from duopool.proto import inference_pb2_grpc
 
 TIMEOUT_S = 120.0
+REST_TIMEOUT_S = 20.0
 
 
 def greedy_request(prompt: Sequence[int], *, max_tokens: int, salt: bytes = b"") -> pb.GenerateRequest:
@@ -61,6 +62,19 @@ def is_at_rest(now: pb.ClusterStateResponse) -> bool:
         and worker.free_blocks + worker.cached_blocks == worker.blocks
         for worker in now.workers
     )
+
+
+def audit(address: str, *, at_rest: bool = False) -> pb.AuditResponse:
+    with grpc.insecure_channel(address) as channel:
+        return inference_pb2_grpc.AdminStub(channel).Audit(pb.AuditRequest(at_rest=at_rest), timeout=10)
+
+
+def wait_for_rest(address: str) -> None:
+    """Until an audit finds nothing wrong and nothing held."""
+    deadline = time.monotonic() + REST_TIMEOUT_S
+    while findings := audit(address, at_rest=True).findings:
+        assert time.monotonic() < deadline, f"the audit still finds {findings}"
+        time.sleep(0.1)
 
 
 class Load:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from calls import wait_for_rest
 from reference import Reference
-from remains import Remains
+from remains import Remains, is_open
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Ray reads these once per process: every cluster of this run, whoever starts it, must ask for the same token.
@@ -29,6 +30,15 @@ def nothing_remains() -> Iterator[Remains]:
     remains = Remains()
     yield remains
     remains.check()
+
+
+@pytest.fixture(autouse=True)
+def _audited(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test, whatever system still runs has nothing lost, doubled or held."""
+    yield
+    if "nothing_remains" in request.fixturenames:
+        for address in filter(is_open, request.getfixturevalue("nothing_remains").addresses):
+            wait_for_rest(address)
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,12 @@ class Remains:
     def __init__(self) -> None:
         self._processes = set(_children())
         self._folders = set(_folders())
-        self._addresses: list[str] = []
+        self.addresses: list[str] = []
+        """Of running systems, host:port."""
 
     def watch(self, address: str) -> None:
         """This host:port must be closed in the end."""
-        self._addresses.append(address)
+        self.addresses.append(address)
 
     def check(self) -> None:
         deadline = time.monotonic() + WAIT_S
@@ -33,7 +34,7 @@ class Remains:
     def _left(self) -> list[str]:
         processes = [f"{process.pid} {_name(process)}" for process in _children() if process not in self._processes]
         folders = [str(folder) for folder in _folders() if folder not in self._folders]
-        return processes + folders + [address for address in self._addresses if _is_open(address)]
+        return processes + folders + [address for address in self.addresses if is_open(address)]
 
 
 def _children() -> list[psutil.Process]:
@@ -51,7 +52,7 @@ def _name(process: psutil.Process) -> str:
         return "(ended)"
 
 
-def _is_open(address: str) -> bool:
+def is_open(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=1).close()

@@ -130,6 +130,13 @@ def test_status_scale_and_drain(server: Server) -> None:
         assert said in answer.stderr
 
 
+def test_an_audit_of_a_sound_system_finds_nothing(server: Server) -> None:
+    answer = duopool("audit", "--at-rest", "--address", server.address)
+    assert answer.returncode == 0, answer.stderr
+    for process in ("router", "prefill-0", "decode-"):
+        assert process in answer.stdout
+
+
 def test_a_model_that_is_not_there_ends_the_start(nothing_remains: Remains) -> None:
     answer = duopool("serve", "--model", "/nonexistent/model", "--port", "0")
     assert answer.returncode == 1
