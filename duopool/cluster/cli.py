@@ -15,6 +15,7 @@ from duopool.cluster import (
     generate_command,
     serve_command,
 )
+from duopool.cluster.chaos import command as chaos_command
 from duopool.cluster.settings import CONTEXT_SETTINGS
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command("audit")(audit_command.audit)
 app.command("demo")(demo_command.demo)
 app.command("bench")(bench_command.bench)
 app.command("doctor")(doctor_command.doctor)
+app.command("chaos")(chaos_command.chaos)
 app.add_typer(config_command.app, name="config")
 
 

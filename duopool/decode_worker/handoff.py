@@ -15,6 +15,7 @@ from duopool.core.handoff import slot as slots
 from duopool.core.handoff.slot import SlotEvent
 from duopool.core.messages import Verdict
 from duopool.decode_worker.decode_request import DecodeRequest
+from duopool.engine.failpoints import Failpoint, reach
 from duopool.engine.transfer.transport import BlockReader, ReadOutcome
 
 Outcome = slots.Join | slots.Refuse | slots.GiveBack
@@ -84,6 +85,7 @@ class Handoffs:
             self._on_answer(request, Answer(event=event, num_blocks=num_blocks, num_bytes=num_bytes))
 
         self._reader.read(read.lease, request.attempt, read.sources, read.targets, done)
+        reach(Failpoint.READING)
 
     def _confirm(self, request: DecodeRequest, confirm: slots.Confirm) -> None:
         def done(verdict: Verdict) -> None:

@@ -45,6 +45,7 @@ from duopool.decode_worker.holder import holder
 from duopool.decode_worker.scheduler import DecodeScheduler
 from duopool.engine.arrivals import Arrivals, Standing
 from duopool.engine.ledger import make_ledger, unique
+from duopool.engine.failpoints import Failpoint, reach
 from duopool.engine.next_token import next_token
 from duopool.engine.outbox import Outbox
 from duopool.engine.served_model import ServedModel
@@ -127,6 +128,7 @@ class DecodeWorker:
             return False
         try:
             result = self._runner.execute(plan)
+            reach(Failpoint.DECODING)
         except Exception as error:
             with self._lock:
                 self._blame(error)
@@ -230,6 +232,8 @@ class DecodeWorker:
         if num_listed > self._manager.blocks_for(len(request.request.token_ids)):
             self._nack(request, NackReason.TRANSFER_FAILED, f"{num_listed} blocks are more than the prefix has")
             return
+        if request.has_begun:
+            reach(Failpoint.RESERVED)
         self._do(request, self._handoffs.advance(request, slots.Listed(message)))
 
     def _cancel(self, command: Cancel, *, now: float) -> None:
@@ -271,6 +275,7 @@ class DecodeWorker:
 
     def _join(self, request: DecodeRequest, first_token: Tokens) -> None:
         """Every block is here and confirmed: publish them and decode behind the first token."""
+        reach(Failpoint.VALIDATED)
         request.num_computed_tokens = request.num_tokens
         self._manager.publish(request.table, request.num_computed_tokens)
         self._manager.append(request.table, first_token.token_ids)
@@ -337,6 +342,7 @@ class DecodeWorker:
         request.prompt_logprobs.clear()
         self._outbox.say(request.session, tokens)
         if tokens.finish_reason is not None:
+            reach(Failpoint.FINISHING)
             self._end(request, now=now)
 
     def _blame(self, error: Exception) -> None:

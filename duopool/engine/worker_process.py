@@ -21,6 +21,7 @@ from duopool.core.kv_manager import KVCacheManager
 from duopool.core.messages import WorkerInfo
 from duopool.core.types import Incarnation, WorkerId
 from duopool.core.worker import Worker
+from duopool.engine import failpoints
 from duopool.engine.model_digest import model_digest
 from duopool.engine.model_source import resolve_model
 from duopool.engine.runner import ModelRunner
@@ -93,6 +94,7 @@ class WorkerProcess:
         from duopool.proto.worker_service import WorkerService
 
         config = self._config
+        failpoints.enable(config.worker_id)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         source = resolve_model(config.model.model)

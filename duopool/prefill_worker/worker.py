@@ -42,6 +42,7 @@ from duopool.core.types import LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId
 from duopool.engine.arrivals import Arrivals, Standing
 from duopool.engine.ledger import make_ledger, unique
+from duopool.engine.failpoints import Failpoint, reach
 from duopool.engine.next_token import next_token
 from duopool.engine.outbox import Outbox
 from duopool.engine.served_model import ServedModel
@@ -138,12 +139,15 @@ class PrefillWorker:
 
     def step(self, *, now: float) -> bool:
         with self._lock:
+            if self._leases:
+                reach(Failpoint.LEASED)
             plan, stretches = self._schedule(now=now)
         if plan.is_empty:
             return False
         try:
             result = self._runner.execute(plan)
             sealed = [self._sealer.seal(stretch) for stretch in stretches]
+            reach(Failpoint.FILLING)
         except Exception as error:
             with self._lock:
                 self._blame(stretches, error)
@@ -187,8 +191,11 @@ class PrefillWorker:
 
     def begin_read(self, read: ReadBlocks) -> str:
         """Count a read that this process serves itself; the answer is a refusal or empty."""
+        reach(Failpoint.LEASED)
         with self._lock:
-            return self._leases.begin_read(read, now=self._clock())
+            refusal = self._leases.begin_read(read, now=self._clock())
+        reach(Failpoint.BEING_READ)
+        return refusal
 
     def end_read(self, lease_id: LeaseId) -> None:
         """The counted read has ended."""
@@ -201,6 +208,7 @@ class PrefillWorker:
 
     def validate(self, validate: Validate) -> Verdict:
         """Whether the lease still holds for this attempt and every generation is unchanged; may also end it."""
+        reach(Failpoint.BEING_READ)
         with self._lock:
             verdict = self._leases.validate(validate, now=self._clock())
             request = self._leases.holder(validate.lease_id)

@@ -1,0 +1,115 @@
+"""Kills workers at failpoints and waits until their successors serve.
+
+Owns the choice of the victim and the record of each kill; sees the system through its Admin service only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import grpc
+import psutil
+
+from duopool.core.errors import DuopoolError
+from duopool.core.types import Role
+from duopool.engine.failpoints import FAILPOINTS, Failpoint, arm
+from duopool.proto import inference_pb2 as pb
+from duopool.proto import inference_pb2_grpc
+
+ANYWHERE = "anywhere"
+"""Not a failpoint: `kill -9` from outside, wherever the worker is."""
+MOST_PASSES = 3
+POLL_S = 0.02
+ARM_TIMEOUT_S = 5.0
+"""A failpoint that is not reached for this long is disarmed, and the worker killed from outside."""
+READY_TIMEOUT_S = 120.0
+_STUB: Any = inference_pb2_grpc.AdminStub
+
+
+class NotBack(DuopoolError):
+    """A killed worker's place was not filled again in time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """One worker's death and its successor's birth."""
+
+    worker_id: str
+    role: Role
+    place: str
+    """The failpoint, or `anywhere`."""
+    killed_at: float
+    back_after_s: float
+    """From the death until the successor took requests."""
+
+
+class Killer:
+    """Kills one worker at a time; which and where is drawn from `random`."""
+
+    def __init__(self, address: str, folder: Path, random: Random) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self._folder = folder
+        self._random = random
+        self._next: dict[Role, list[str]] = {role: [] for role in Role}
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def kill(self, role: Role) -> Kill:
+        """Kill a ready worker of this pool at the next place and wait for its successor. Raises NotBack."""
+        victim = self._random.choice([worker for worker in self._workers() if worker.role == role])
+        place = self._place(role)
+        if place == ANYWHERE or not self._dies_by_itself(victim, Failpoint(place)):
+            place = ANYWHERE
+            time.sleep(self._random.uniform(0, 0.2))
+            os.kill(victim.pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        self._wait_until_back(victim, killed_at)
+        return Kill(
+            worker_id=victim.worker_id,
+            role=role,
+            place=place,
+            killed_at=killed_at,
+            back_after_s=time.monotonic() - killed_at,
+        )
+
+    def _place(self, role: Role) -> str:
+        """Every place once, in a random order, before any comes again."""
+        if not self._next[role]:
+            self._next[role] = [*FAILPOINTS[role], ANYWHERE]
+            self._random.shuffle(self._next[role])
+        return self._next[role].pop()
+
+    def _dies_by_itself(self, victim: pb.WorkerState, failpoint: Failpoint) -> bool:
+        file = arm(self._folder, victim.worker_id, failpoint, passes=self._random.randint(0, MOST_PASSES))
+        deadline = time.monotonic() + ARM_TIMEOUT_S
+        while _is_alive(victim.pid):
+            if time.monotonic() > deadline:
+                file.unlink(missing_ok=True)
+                return not _is_alive(victim.pid)
+            time.sleep(POLL_S / 10)
+        return True
+
+    def _wait_until_back(self, victim: pb.WorkerState, since: float) -> None:
+        while not any(worker.worker_id == victim.worker_id and worker.pid != victim.pid for worker in self._workers()):
+            if time.monotonic() - since > READY_TIMEOUT_S:
+                raise NotBack(f"{victim.worker_id} is not back after {READY_TIMEOUT_S:.0f} s")
+            time.sleep(POLL_S)
+
+    def _workers(self) -> Sequence[pb.WorkerState]:
+        state = _STUB(self._channel).ClusterState(pb.ClusterStateRequest(), timeout=10, wait_for_ready=True)
+        return [worker for worker in state.workers if worker.state == "ready"]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
