@@ -44,8 +44,8 @@ from duopool.decode_worker.handoff import Answer, Handoffs, Outcome
 from duopool.decode_worker.holder import holder
 from duopool.decode_worker.scheduler import DecodeScheduler
 from duopool.engine.arrivals import Arrivals, Standing
-from duopool.engine.ledger import make_ledger, unique
 from duopool.engine.failpoints import Failpoint, reach
+from duopool.engine.ledger import make_ledger, unique
 from duopool.engine.next_token import next_token
 from duopool.engine.outbox import Outbox
 from duopool.engine.served_model import ServedModel

@@ -41,8 +41,8 @@ from duopool.core.step import Runner, StepPlan, StepResult
 from duopool.core.types import LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId
 from duopool.engine.arrivals import Arrivals, Standing
-from duopool.engine.ledger import make_ledger, unique
 from duopool.engine.failpoints import Failpoint, reach
+from duopool.engine.ledger import make_ledger, unique
 from duopool.engine.next_token import next_token
 from duopool.engine.outbox import Outbox
 from duopool.engine.served_model import ServedModel
