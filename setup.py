@@ -13,7 +13,7 @@ CPU_KERNELS = Extension(
     sources=SOURCES,
     include_dirs=["duopool/kernels"],
     depends=[str(path) for path in Path("duopool/kernels").glob("**/*.h")],
-    extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],
+    extra_compile_args=["-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],
     language="c++",
     optional=True,
 )

@@ -1,7 +1,7 @@
 """The compiled CPU kernels, if this machine has them: finds the library, picks the instruction set, declares the calls.
 
 Owns the C boundary and nothing else. The library is optional: without it, or with DUOPOOL_CPU_ISA=torch, `library()` is
-None and ops.py uses torch. DUOPOOL_CPU_ISA=avx2, avx512 or portable forces one instruction set.
+None and ops.py uses torch. DUOPOOL_CPU_ISA=avx512_dots, avx512, avx2 or portable forces one instruction set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch  # loads the OpenMP runtime that the library's own symbols are resolved against
 
-ABI = 1
+ABI = 2
 
 
 class Isa(IntEnum):
@@ -25,6 +25,7 @@ class Isa(IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+    AVX512_DOTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,8 @@ class CpuLibrary:
 
     calls: ctypes.CDLL
     isa: Isa
-    torch_has_bfloat16_products: bool
-    """The processor multiplies bfloat16 matrices by itself, and torch makes use of it."""
+    torch_has_bfloat16_tiles: bool
+    """The processor has matrix tiles for bfloat16 (AMX), and torch makes use of them."""
 
 
 def _path() -> Path:
@@ -86,12 +87,12 @@ def library() -> CpuLibrary | None:
         return None
     best = Isa(calls.duopool_best_isa())
     if wanted and wanted.upper() not in Isa.__members__:
-        raise ValueError(f"DUOPOOL_CPU_ISA={wanted} is none of avx2, avx512, portable, torch")
+        raise ValueError(f"DUOPOOL_CPU_ISA={wanted} is none of avx512_dots, avx512, avx2, portable, torch")
     isa = Isa[wanted.upper()] if wanted else best
     if isa > best:
         raise ValueError(f"DUOPOOL_CPU_ISA={wanted}, but this processor goes up to {best.name.lower()}")
     _declare(calls)
-    return CpuLibrary(calls=calls, isa=isa, torch_has_bfloat16_products=bool(calls.duopool_has_bfloat16_products()))
+    return CpuLibrary(calls=calls, isa=isa, torch_has_bfloat16_tiles=bool(calls.duopool_has_bfloat16_tiles()))
 
 
 def num_threads() -> int:

@@ -5,6 +5,10 @@
 
 #include "library.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define DUOPOOL_WIDTH 4
 #define DUOPOOL_MAX_ROWS 6
 #define DUOPOOL_TARGET
@@ -49,8 +53,30 @@ namespace avx512 {
 #undef DUOPOOL_TARGET
 #undef DUOPOOL_INLINE
 
-#define DUOPOOL_CALL(isa, call) ((isa) == AVX512 ? avx512::call : (isa) == AVX2 ? avx2::call : portable::call)
-#define DUOPOOL_CONSTANT(isa, name) ((isa) == AVX512 ? avx512::name : (isa) == AVX2 ? avx2::name : portable::name)
+#define DUOPOOL_WIDTH 16
+#define DUOPOOL_MAX_ROWS 12
+#define DUOPOOL_DOTS
+#define DUOPOOL_TARGET                                                                                        \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,"                \
+                          "prefer-vector-width=512")))
+namespace {
+namespace avx512_dots {
+#include "vectors.h"
+#include DUOPOOL_KERNEL_BODY
+}  // namespace avx512_dots
+}  // namespace
+#undef DUOPOOL_WIDTH
+#undef DUOPOOL_MAX_ROWS
+#undef DUOPOOL_DOTS
+#undef DUOPOOL_TARGET
+#undef DUOPOOL_INLINE
+
+#define DUOPOOL_CALL(isa, call)                       \
+    ((isa) == AVX512_DOTS ? avx512_dots::call         \
+     : (isa) == AVX512    ? avx512::call              \
+     : (isa) == AVX2      ? avx2::call                \
+                          : portable::call)
+#define DUOPOOL_CONSTANT(isa, name) DUOPOOL_CALL(isa, name)
 
 #else
 

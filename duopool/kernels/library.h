@@ -4,7 +4,8 @@
 
 #include <cstdint>
 
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+// AVX512_DOTS adds the products of bfloat16 pairs and of bytes (avx512bf16, avx512vnni).
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_DOTS = 3 };
 
 struct Bfloat16 {
     uint16_t bits;

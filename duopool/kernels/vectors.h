@@ -15,6 +15,8 @@ constexpr int MAX_ROWS = DUOPOOL_MAX_ROWS;
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
 typedef float LooseFloats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef uint32_t LooseWords __attribute__((vector_size(WIDTH * 4), aligned(2), may_alias));
 
@@ -34,6 +36,23 @@ DUOPOOL_INLINE void load_pair(const Bfloat16* from, Floats& a, Floats& b) {
     const Words words = *(const LooseWords*)from;
     a = (Floats)(words << 16);
     b = (Floats)(words & 0xffff0000u);
+}
+
+// bfloat16 pairs as words: whether this set multiplies them as they are. Without that, factors are expanded to float32.
+#ifdef DUOPOOL_DOTS
+constexpr bool HAS_DOTS = true;
+#else
+constexpr bool HAS_DOTS = false;
+#endif
+
+// sums[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1] over the bfloat16 pairs in each word.
+DUOPOOL_INLINE Floats add_pair_products(Floats sums, Words a, Words b) {
+#ifdef DUOPOOL_DOTS
+    return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+    sums += (Floats)(a << 16) * (Floats)(b << 16);
+    return sums + (Floats)(a & 0xffff0000u) * (Floats)(b & 0xffff0000u);
+#endif
 }
 
 // The chunk's first `count` values, zeros behind them; reads nothing past them.
@@ -63,6 +82,32 @@ template <class T>
 DUOPOOL_INLINE void store_partial_pair(T* to, int64_t count, Floats a, Floats b) {
     T whole[CHUNK];
     store_pair(whole, a, b);
+    __builtin_memcpy(to, whole, count * sizeof(T));
+}
+
+// WIDTH values in their natural order.
+DUOPOOL_INLINE Floats load_line(const float* from) { return load(from); }
+DUOPOOL_INLINE Floats load_line(const Bfloat16* from) {
+    return (Floats)(__builtin_convertvector((Halves) * (const LooseHalves*)from, Words) << 16);
+}
+DUOPOOL_INLINE void store_line(float* to, Floats value) { store(to, value); }
+DUOPOOL_INLINE void store_line(Bfloat16* to, Floats value) {
+    *(LooseHalves*)to = __builtin_convertvector(rounded_to_bfloat16(value) >> 16, Halves);
+}
+
+// The first `count` of WIDTH values; reads zeros and writes nothing behind them.
+template <class T>
+DUOPOOL_INLINE Floats load_line(const T* from, int64_t count) {
+    if (count >= WIDTH) return load_line(from);
+    T whole[WIDTH] = {};
+    __builtin_memcpy(whole, from, count * sizeof(T));
+    return load_line(whole);
+}
+template <class T>
+DUOPOOL_INLINE void store_line(T* to, Floats value, int64_t count) {
+    if (count >= WIDTH) return store_line(to, value);
+    T whole[WIDTH];
+    store_line(whole, value);
     __builtin_memcpy(to, whole, count * sizeof(T));
 }
 

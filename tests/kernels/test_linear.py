@@ -92,8 +92,8 @@ def test_not_a_number_stays_one_and_touches_no_other_row() -> None:
 
 
 @needs_library
-def test_many_rows_go_to_torch_where_it_has_bfloat16_products() -> None:
-    machine = replace(compiled(COMPILED.isa), torch_has_bfloat16_products=True)
+def test_many_rows_go_to_torch_where_it_has_bfloat16_tiles() -> None:
+    machine = replace(compiled(COMPILED.isa), torch_has_bfloat16_tiles=True)
     weight = torch.randn(40, 24).bfloat16()
     most = cpu.most_rows(weight.dtype, machine)
     packed = cpu.pack(weight, most, machine)

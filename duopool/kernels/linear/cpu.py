@@ -13,7 +13,7 @@ from duopool.kernels.cpu_library import CpuLibrary, Isa, num_threads
 from duopool.kernels.linear.packed_weight import PackedWeight
 
 FEW_ROWS = 8
-"""Up to here a linear layer waits for memory, and the packed kernel reads faster than torch's on every machine."""
+"""Up to here a linear layer waits for memory, and the packed kernel reads it faster than torch on every machine."""
 ANY_ROWS = 1 << 62
 
 
@@ -22,7 +22,7 @@ def most_rows(dtype: torch.dtype, cpu: CpuLibrary | None) -> int:
     if cpu is None:
         return 0
     if dtype == torch.bfloat16:
-        return FEW_ROWS if cpu.torch_has_bfloat16_products else ANY_ROWS
+        return FEW_ROWS if cpu.torch_has_bfloat16_tiles else ANY_ROWS
     # In float32 measured on AVX2 alone: ahead up to 128 rows, level beyond.
     return ANY_ROWS if dtype == torch.float32 and cpu.isa == Isa.AVX2 else 0
 
@@ -34,8 +34,12 @@ def pack(weight: Tensor, rows: int, cpu: CpuLibrary) -> PackedWeight:
     source = weight.detach()
     if source.stride(1) != 1:
         source = source.contiguous()
-    panels = source.new_empty(-(-out_features // width), in_features, width)
+    num_panels = -(-out_features // width)
     is_bfloat16 = source.dtype == torch.bfloat16
+    if is_bfloat16:
+        panels = torch.empty(num_panels, -(-in_features // 2), width, dtype=torch.int32)
+    else:
+        panels = source.new_empty(num_panels, in_features, width)
     cpu.calls.duopool_pack_weight(
         cpu.isa, is_bfloat16, source.data_ptr(), source.stride(0), out_features, in_features, panels.data_ptr()
     )
@@ -60,7 +64,7 @@ def linear(cpu: CpuLibrary | None, x_TK: Tensor, weight: PackedWeight, bias: Ten
     cpu.calls.duopool_linear(
         cpu.isa,
         x_TK.dtype == torch.bfloat16,
-        weight.panels.dtype == torch.bfloat16,
+        weight.panels.dtype == torch.int32,
         x_TK.data_ptr(),
         x_TK.stride(0),
         rows,

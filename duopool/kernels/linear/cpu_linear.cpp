@@ -2,61 +2,47 @@
 
 #define DUOPOOL_KERNEL_BODY "linear/panel_product.h"
 #include "every_isa.h"
+#include "linear/row_blocks.h"
 
 #include <algorithm>
 #include <vector>
 
 namespace {
 
-// Rows whose activations together stay in the second-level cache while the panels pass by; at most panel_product's BLOCK.
-int64_t rows_per_block(int64_t rows, int64_t depth) {
-    const int64_t fitting = std::clamp<int64_t>((256 << 10) / (4 * depth), 24, 96);
-    const int64_t blocks = (rows + fitting - 1) / fitting;
-    return (rows + blocks - 1) / blocks;
-}
+constexpr int64_t WORTH_A_THREAD = 100000;  // multiplications
 
-template <class W, class Y>
-void run(int32_t isa, const Y* x, int64_t x_stride, int64_t rows, const W* panels, int64_t depth, int64_t out_features,
+template <class X, class W, class Y>
+void run(int32_t isa, const X* x, int64_t x_stride, int64_t rows, const W* panels, int64_t depth, int64_t out_features,
          const Y* bias, Y* y, int64_t y_stride, int num_threads) {
-    static thread_local std::vector<float> expanded;
-    const float* activations = reinterpret_cast<const float*>(x);
-    int64_t stride = x_stride;
-    if constexpr (sizeof(Y) == 2) {
-        if ((int64_t)expanded.size() < rows * depth) expanded.resize(rows * depth);
-        activations = expanded.data();
-        stride = depth;
-    }
-    float* const scratch = expanded.data();
-    const int64_t width = DUOPOOL_CONSTANT(isa, CHUNK);
-    const int64_t num_panels = (out_features + width - 1) / width;
-    const int64_t block = rows_per_block(rows, depth);
-    const int64_t num_blocks = (rows + block - 1) / block;
-    // Enough pieces that a late thread loses little, each long enough for the memory to stream.
-    const int64_t pieces = std::clamp<int64_t>(8 * num_threads / num_blocks, 1, num_panels);
-    if (rows * depth * out_features < 100000) num_threads = 1;
-#pragma omp parallel num_threads(num_threads)
-    {
-        if constexpr (sizeof(Y) == 2) {
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; ++row)
-                DUOPOOL_CALL(isa, expand(x + row * x_stride, scratch + row * depth, depth));
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < num_blocks * pieces; ++item) {
-            const int64_t row = item / pieces * block, piece = item % pieces;
-            DUOPOOL_CALL(isa, multiply_panels(activations + row * stride, stride, std::min(block, rows - row), panels,
-                                              piece * num_panels / pieces, (piece + 1) * num_panels / pieces, depth,
-                                              out_features, bias, y + row * y_stride, y_stride));
-        }
+    const int64_t unit = DUOPOOL_CONSTANT(isa, LINE);
+    const RowBlocks blocks(rows, depth * sizeof(X), (out_features + unit - 1) / unit, num_threads);
+    if (rows * depth * out_features < WORTH_A_THREAD) num_threads = 1;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+    for (int64_t item = 0; item < blocks.num_pieces(); ++item) {
+        const RowBlocks::Piece piece = blocks.piece(item);
+        DUOPOOL_CALL(isa, store_panels(x + piece.row * x_stride, x_stride, piece.num_rows, panels, piece.first_unit,
+                                       piece.last_unit, depth, out_features, bias, y + piece.row * y_stride, y_stride));
     }
 }
 
-template <class T>
-void pack(int32_t isa, const T* weight, int64_t row_stride, int64_t out_features, int64_t depth, T* panels) {
-    const int64_t width = DUOPOOL_CONSTANT(isa, CHUNK);
-    for (int64_t column = 0; column < out_features; column += width)
-        DUOPOOL_CALL(isa, pack_panel(weight + column * row_stride, row_stride, std::min(width, out_features - column),
-                                     depth, panels + column * depth));
+// As run, for activations that must be float32 first.
+template <class W>
+void run_expanded(int32_t isa, const Bfloat16* x, int64_t x_stride, int64_t rows, const W* panels, int64_t depth,
+                  int64_t out_features, const Bfloat16* bias, Bfloat16* y, int64_t y_stride, int num_threads) {
+    static thread_local std::vector<float> memory;
+    if ((int64_t)memory.size() < rows * depth) memory.resize(rows * depth);
+    float* const to = memory.data();
+#pragma omp parallel for schedule(static) num_threads(rows * depth < WORTH_A_THREAD ? 1 : num_threads)
+    for (int64_t row = 0; row < rows; ++row) DUOPOOL_CALL(isa, expand(x + row * x_stride, to + row * depth, depth));
+    run(isa, to, depth, rows, panels, depth, out_features, bias, y, y_stride, num_threads);
+}
+
+template <class T, class W>
+void pack(int32_t isa, const T* weight, int64_t row_stride, int64_t out_features, int64_t depth, W* panels) {
+    const int64_t width = DUOPOOL_CONSTANT(isa, CHUNK), size = DUOPOOL_CALL(isa, panel_elements(W{}, depth));
+    for (int64_t panel = 0; panel * width < out_features; ++panel)
+        DUOPOOL_CALL(isa, pack_panel(weight + panel * width * row_stride, row_stride,
+                                     std::min(width, out_features - panel * width), depth, panels + panel * size));
 }
 
 }  // namespace
@@ -64,11 +50,11 @@ void pack(int32_t isa, const T* weight, int64_t row_stride, int64_t out_features
 // Output columns of a panel.
 DUOPOOL_EXPORT int64_t duopool_panel_width(int32_t isa) { return DUOPOOL_CONSTANT(isa, CHUNK); }
 
-// weight[out_features][depth] with `row_stride` elements between rows -> panels[ceil(out_features / width)][depth][width].
+// weight[out_features][depth] with `row_stride` elements between rows, float32 or bfloat16, to panels (panel_product.h).
 DUOPOOL_EXPORT void duopool_pack_weight(int32_t isa, int32_t is_bfloat16, const void* weight, int64_t row_stride,
                                         int64_t out_features, int64_t depth, void* panels) {
     if (is_bfloat16)
-        pack(isa, (const Bfloat16*)weight, row_stride, out_features, depth, (Bfloat16*)panels);
+        pack(isa, (const Bfloat16*)weight, row_stride, out_features, depth, (uint32_t*)panels);
     else
         pack(isa, (const float*)weight, row_stride, out_features, depth, (float*)panels);
 }
@@ -78,14 +64,17 @@ DUOPOOL_EXPORT void duopool_linear(int32_t isa, int32_t x_is_bfloat16, int32_t w
                                    int64_t x_stride, int64_t rows, const void* panels, int64_t depth,
                                    int64_t out_features, const void* bias, void* y, int64_t y_stride,
                                    int32_t num_threads) {
-    if (x_is_bfloat16 && weight_is_bfloat16)
-        run(isa, (const Bfloat16*)x, x_stride, rows, (const Bfloat16*)panels, depth, out_features,
+    if (x_is_bfloat16 && weight_is_bfloat16 && isa == AVX512_DOTS)
+        run(isa, (const Bfloat16*)x, x_stride, rows, (const uint32_t*)panels, depth, out_features,
             (const Bfloat16*)bias, (Bfloat16*)y, y_stride, num_threads);
+    else if (x_is_bfloat16 && weight_is_bfloat16)
+        run_expanded(isa, (const Bfloat16*)x, x_stride, rows, (const uint32_t*)panels, depth, out_features,
+                     (const Bfloat16*)bias, (Bfloat16*)y, y_stride, num_threads);
     else if (x_is_bfloat16)
-        run(isa, (const Bfloat16*)x, x_stride, rows, (const float*)panels, depth, out_features, (const Bfloat16*)bias,
-            (Bfloat16*)y, y_stride, num_threads);
+        run_expanded(isa, (const Bfloat16*)x, x_stride, rows, (const float*)panels, depth, out_features,
+                     (const Bfloat16*)bias, (Bfloat16*)y, y_stride, num_threads);
     else if (weight_is_bfloat16)
-        run(isa, (const float*)x, x_stride, rows, (const Bfloat16*)panels, depth, out_features, (const float*)bias,
+        run(isa, (const float*)x, x_stride, rows, (const uint32_t*)panels, depth, out_features, (const float*)bias,
             (float*)y, y_stride, num_threads);
     else
         run(isa, (const float*)x, x_stride, rows, (const float*)panels, depth, out_features, (const float*)bias,

@@ -21,4 +21,5 @@ class PackedWeight:
     original: Tensor | None
     """The weight as torch knows it; None when the panels serve every number of rows."""
     panels: Tensor | None
-    """[panels, in_features, columns of a panel], zero behind the last column; None when torch is always the faster."""
+    """Zero behind the last column; None when torch is always the faster. float32 [panels, in_features, columns of a
+    panel], or for bfloat16 int32 [panels, ceil(in_features / 2), columns]: the weights of two inputs in each word."""

@@ -1,32 +1,39 @@
-// The linear kernel for one instruction set: see every_isa.h for how it is compiled, cpu_linear.cpp for the threads.
+// Products with packed weights for one instruction set: see every_isa.h for how it is compiled, cpu_linear.cpp for the
+// threads of a single product, decoder_stack/ for those of a whole model.
 //
-// A weight lies in panels of CHUNK output columns: [panels][in_features][CHUNK]. In bfloat16 each line is stored so that
-// pair order (vectors.h) gives the columns in their natural order.
+// A weight lies in panels of CHUNK output columns, float32 as [panels][depth][CHUNK], bfloat16 as words of two depths,
+// [panels][ceil(depth / 2)][CHUNK]; what is behind the last column or depth is zero. A sum runs over the depths in their
+// order whatever the number of rows, so a row's result does not depend on the rows beside it.
 
-// Where column c of a panel is stored within a line.
-DUOPOOL_INLINE int64_t column_place(float, int64_t column) { return column; }
-DUOPOOL_INLINE int64_t column_place(Bfloat16, int64_t column) {
-    return column < WIDTH ? 2 * column : 2 * (column - WIDTH) + 1;
+constexpr int64_t UNIT = 2;          // panels whose sums are finished together
+constexpr int64_t BLOCK_ROWS = 96;   // most rows of one call
+constexpr int64_t LINE = UNIT * CHUNK;
+
+DUOPOOL_TARGET static void pack_panel(const float* weight, int64_t row_stride, int64_t columns, int64_t depth,
+                                      float* panel) {
+    for (int64_t column = 0; column < CHUNK; ++column)
+        for (int64_t k = 0; k < depth; ++k)
+            panel[k * CHUNK + column] = column < columns ? weight[column * row_stride + k] : 0;
 }
 
-template <class T>
-DUOPOOL_TARGET void pack_panel(const T* weight, int64_t row_stride, int64_t columns, int64_t depth, T* panel) {
+DUOPOOL_TARGET static void pack_panel(const Bfloat16* weight, int64_t row_stride, int64_t columns, int64_t depth,
+                                      uint32_t* panel) {
+    const int64_t pairs = (depth + 1) / 2;
     for (int64_t column = 0; column < CHUNK; ++column) {
-        T* to = panel + column_place(T{}, column);
-        if (column < columns) {
-            const T* from = weight + column * row_stride;
-            for (int64_t k = 0; k < depth; ++k) to[k * CHUNK] = from[k];
-        } else {
-            for (int64_t k = 0; k < depth; ++k) to[k * CHUNK] = T{};
+        const Bfloat16* from = weight + column * row_stride;
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+            uint32_t word = 0;
+            if (column < columns) {
+                word = from[2 * pair].bits;
+                if (2 * pair + 1 < depth) word |= (uint32_t)from[2 * pair + 1].bits << 16;
+            }
+            panel[pair * CHUNK + column] = word;
         }
     }
 }
 
 DUOPOOL_TARGET static void expand(const Bfloat16* from, float* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        const uint32_t bits = (uint32_t)from[i].bits << 16;
-        __builtin_memcpy(to + i, &bits, 4);
-    }
+    for (int64_t i = 0; i < count; i += WIDTH) store_line(to + i, load_line(from + i, count - i), count - i);
 }
 
 DUOPOOL_INLINE float as_float(float value) { return value; }
@@ -37,44 +44,189 @@ DUOPOOL_INLINE float as_float(Bfloat16 value) {
     return result;
 }
 
-DUOPOOL_INLINE void write_line(const float* line, int64_t columns, float* to) {
-    __builtin_memcpy(to, line, columns * sizeof(float));
+// One pair of depths: sums[R][V] += x's pair * words[V].
+template <int R, int V>
+DUOPOOL_INLINE void add_pair(const Bfloat16* x, int64_t x_stride, const Words (&words)[V], Floats (&sums)[R][V]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+        uint32_t pair;
+        __builtin_memcpy(&pair, x + r * x_stride, 4);
+        const Words factors = Words{} + pair;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[r][v] = add_pair_products(sums[r][v], factors, words[v]);
+    }
 }
-DUOPOOL_INLINE void write_line(const float* line, int64_t columns, Bfloat16* to) {
-    uint32_t rounded[CHUNK];
-    *(LooseWords*)rounded = rounded_to_bfloat16(load(line)) >> 16;
-    *(LooseWords*)(rounded + WIDTH) = rounded_to_bfloat16(load(line + WIDTH)) >> 16;
-    for (int64_t column = 0; column < columns; ++column) to[column].bits = (uint16_t)rounded[column];
-}
-
-// Products of `rows` rows of x with panels [first_panel, last_panel), bias added, rounded once into y.
-template <class W, class Y>
-DUOPOOL_TARGET void multiply_panels(const float* x, int64_t x_stride, int64_t rows, const W* panels, int64_t first_panel,
-                                    int64_t last_panel, int64_t depth, int64_t out_features, const Y* bias, Y* y,
-                                    int64_t y_stride) {
-    // A slice of a panel stays in the first-level cache while all rows pass over it.
-    constexpr int64_t SLICE = 65536 / (CHUNK * sizeof(W));
-    constexpr int64_t BLOCK = 96;
-    float sums[BLOCK * CHUNK];
-    const int64_t num_tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const W* weights = panels + panel * depth * CHUNK;
-        for (int64_t k = 0; k < depth; k += SLICE) {
-            const int64_t slice = depth - k < SLICE ? depth - k : SLICE;
-            for (int64_t tile = 0; tile < num_tiles; ++tile) {
-                const int64_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
-                RowProducts<W>::of[end - row](x + row * x_stride + k, x_stride, weights + k * CHUNK, CHUNK, slice,
-                                              sums + row * CHUNK, CHUNK, k > 0);
-            }
-        }
-        const int64_t column = panel * CHUNK;
-        const int64_t columns = out_features - column < CHUNK ? out_features - column : CHUNK;
-        for (int64_t row = 0; row < rows; ++row) {
-            float* line = sums + row * CHUNK;
-            if (bias) {
-                for (int64_t i = 0; i < columns; ++i) line[i] += as_float(bias[column + i]);
-            }
-            write_line(line, columns, y + row * y_stride + column);
+template <int R, int V>
+DUOPOOL_INLINE void add_pair(const float* x, int64_t x_stride, const Words (&words)[V], Floats (&sums)[R][V]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+        const Floats first = (Floats)(words[v] << 16), second = (Floats)(words[v] & 0xffff0000u);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            sums[r][v] += fill(x[r * x_stride]) * first;
+            sums[r][v] += fill(x[r * x_stride + 1]) * second;
         }
     }
+}
+// The last depth of an odd number of them.
+template <int R, int V>
+DUOPOOL_INLINE void add_single(const Bfloat16* x, int64_t x_stride, const Words (&words)[V], Floats (&sums)[R][V]) {
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v)
+            sums[r][v] = add_pair_products(sums[r][v], Words{} + x[r * x_stride].bits, words[v]);
+}
+template <int R, int V>
+DUOPOOL_INLINE void add_single(const float* x, int64_t x_stride, const Words (&words)[V], Floats (&sums)[R][V]) {
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sums[r][v] += fill(x[r * x_stride]) * (Floats)(words[v] << 16);
+}
+
+// c[R][P * CHUNK] (+)= x[R][depth] * P panels.
+template <int R, int P, class X>
+DUOPOOL_TARGET __attribute__((noinline)) void multiply_words(const X* x, int64_t x_stride, const uint32_t* panel,
+                                                             int64_t panel_stride, int64_t depth, float* c,
+                                                             bool accumulate) {
+    Floats sums[R][2 * P] = {};
+    if (accumulate) {
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < 2 * P; ++v) sums[r][v] = load(c + r * LINE + v * WIDTH);
+    }
+    Words words[2 * P];
+    for (int64_t k = 0; k + 2 <= depth; k += 2) {
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * P; ++v)
+            words[v] = *(const LooseWords*)(panel + v / 2 * panel_stride + k / 2 * CHUNK + v % 2 * WIDTH);
+        add_pair<R, 2 * P>(x + k, x_stride, words, sums);
+    }
+    if (depth % 2) {
+        for (int v = 0; v < 2 * P; ++v)
+            words[v] = *(const LooseWords*)(panel + v / 2 * panel_stride + depth / 2 * CHUNK + v % 2 * WIDTH);
+        add_single<R, 2 * P>(x + depth - 1, x_stride, words, sums);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * P; ++v) store(c + r * LINE + v * WIDTH, sums[r][v]);
+}
+
+template <class X>
+using MultiplyWords = void (*)(const X*, int64_t, const uint32_t*, int64_t, int64_t, float*, bool);
+
+template <class X>
+struct WordProducts {
+    static constexpr MultiplyWords<X> of[MAX_ROWS + 1] = {
+        nullptr,
+        multiply_words<1, 1, X>,
+        multiply_words<2, 1, X>,
+        multiply_words<3, 1, X>,
+        multiply_words<4, 1, X>,
+        multiply_words<5, 1, X>,
+        multiply_words<6, 1, X>,
+#if DUOPOOL_MAX_ROWS > 6
+        multiply_words<7, 1, X>,
+        multiply_words<8, 1, X>,
+        multiply_words<9, 1, X>,
+        multiply_words<10, 1, X>,
+        multiply_words<11, 1, X>,
+        multiply_words<12, 1, X>,
+#endif
+    };
+    // Few rows take both panels of a unit at once: else the multipliers wait for their own sums.
+    static constexpr MultiplyWords<X> of_unit[4] = {nullptr, multiply_words<1, 2, X>, multiply_words<2, 2, X>,
+                                                    multiply_words<3, 2, X>};
+};
+
+// sums[rows][LINE] = x * `count` (1 or UNIT) panels.
+template <class X>
+DUOPOOL_TARGET void multiply_unit(const X* x, int64_t x_stride, int64_t rows, const uint32_t* panels, int64_t count,
+                                  int64_t depth, float* sums) {
+    const int64_t stride = (depth + 1) / 2 * CHUNK;
+    if (rows <= 3 && count == UNIT) return WordProducts<X>::of_unit[rows](x, x_stride, panels, stride, depth, sums, false);
+    // A slice of a panel stays in the first-level cache while all rows pass over it.
+    const int64_t slice = rows > MAX_ROWS ? 4096 / WIDTH : depth;
+    const int64_t num_tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int64_t panel = 0; panel < count; ++panel)
+        for (int64_t k = 0; k < depth; k += slice)
+            for (int64_t tile = 0; tile < num_tiles; ++tile) {
+                const int64_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
+                WordProducts<X>::of[end - row](x + row * x_stride + k, x_stride, panels + panel * stride + k / 2 * CHUNK,
+                                               stride, depth - k < slice ? depth - k : slice,
+                                               sums + row * LINE + panel * CHUNK, k > 0);
+            }
+}
+
+DUOPOOL_TARGET static void multiply_unit(const float* x, int64_t x_stride, int64_t rows, const float* panels,
+                                         int64_t count, int64_t depth, float* sums) {
+    const int64_t slice = rows > MAX_ROWS ? 4096 / WIDTH : depth;
+    const int64_t num_tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int64_t panel = 0; panel < count; ++panel)
+        for (int64_t k = 0; k < depth; k += slice)
+            for (int64_t tile = 0; tile < num_tiles; ++tile) {
+                const int64_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
+                RowProducts<float>::of[end - row](x + row * x_stride + k, x_stride, panels + (panel * depth + k) * CHUNK,
+                                                  CHUNK, depth - k < slice ? depth - k : slice,
+                                                  sums + row * LINE + panel * CHUNK, LINE, k > 0);
+            }
+}
+
+static inline int64_t panel_elements(float, int64_t depth) { return depth * CHUNK; }
+static inline int64_t panel_elements(uint32_t, int64_t depth) { return (depth + 1) / 2 * CHUNK; }
+
+// What becomes of a unit's sums: `finish(sums, rows, column, columns)`, with columns at most LINE.
+
+// y = sums + bias, rounded once.
+template <class Y, class B>
+struct StoreSums {
+    Y* y;
+    int64_t stride;
+    const B* bias;  // null: none
+
+    DUOPOOL_TARGET void operator()(const float* sums, int64_t rows, int64_t column, int64_t columns) const {
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t i = 0; i < columns; i += WIDTH) {
+                Floats value = load(sums + row * LINE + i);
+                if (bias) value += load_line(bias + column + i, columns - i);
+                store_line(y + row * stride + column + i, value, columns - i);
+            }
+    }
+};
+
+// y += sums + bias.
+struct AddSums {
+    float* y;
+    int64_t stride;
+    const float* bias;
+
+    DUOPOOL_TARGET void operator()(const float* sums, int64_t rows, int64_t column, int64_t columns) const {
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t i = 0; i < columns; i += WIDTH) {
+                float* to = y + row * stride + column + i;
+                Floats value = load_line(to, columns - i) + load(sums + row * LINE + i);
+                if (bias) value += load_line(bias + column + i, columns - i);
+                store_line(to, value, columns - i);
+            }
+    }
+};
+
+// Products of `rows` (at most BLOCK_ROWS) rows of x with units [first_unit, last_unit).
+template <class W, class X, class Finish>
+DUOPOOL_TARGET void multiply_panels(const X* x, int64_t x_stride, int64_t rows, const W* panels, int64_t first_unit,
+                                    int64_t last_unit, int64_t depth, int64_t out_features, const Finish& finish) {
+    float sums[BLOCK_ROWS * LINE];
+    const int64_t size = panel_elements(W{}, depth), num_panels = (out_features + CHUNK - 1) / CHUNK;
+    for (int64_t unit = first_unit; unit < last_unit; ++unit) {
+        const int64_t panel = unit * UNIT, count = num_panels - panel < UNIT ? num_panels - panel : UNIT;
+        const int64_t column = panel * CHUNK, rest = out_features - column;
+        multiply_unit(x, x_stride, rows, panels + panel * size, count, depth, sums);
+        finish(sums, rows, column, rest < LINE ? rest : LINE);
+    }
+}
+
+// y = x * panels + bias.
+template <class X, class W, class Y>
+DUOPOOL_TARGET void store_panels(const X* x, int64_t x_stride, int64_t rows, const W* panels, int64_t first_unit,
+                                 int64_t last_unit, int64_t depth, int64_t out_features, const Y* bias, Y* y,
+                                 int64_t y_stride) {
+    multiply_panels(x, x_stride, rows, panels, first_unit, last_unit, depth, out_features,
+                    StoreSums<Y, Y>{y, y_stride, bias});
 }
