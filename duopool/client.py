@@ -15,7 +15,7 @@ from typing import Any, Self
 import grpc
 
 from duopool.proto import inference_pb2 as pb
-from duopool.proto.inference_pb2_grpc import AdminStub, InferenceStub
+from duopool.proto.inference_pb2_grpc import InferenceStub
 from duopool.proto.status import StatusDetails, read_status
 
 StreamEvent = pb.Started | pb.TokenChunk | pb.Finished
@@ -129,17 +129,6 @@ class Client:
     def models(self) -> list[pb.Model]:
         return list(self._call(InferenceStub, "ListModels", pb.ListModelsRequest()).models)
 
-    def cluster_state(self) -> pb.ClusterStateResponse:
-        state: pb.ClusterStateResponse = self._call(AdminStub, "ClusterState", pb.ClusterStateRequest())
-        return state
-
-    def scale(self, **pools: int) -> list[pb.PoolState]:
-        """Set pool sizes, such as `scale(prefill=2, decode=3)`; returns as soon as the sizes are taken in."""
-        return list(self._call(AdminStub, "Scale", pb.ScaleRequest(pools=pools)).pools)
-
-    def drain(self, worker_id: str) -> None:
-        self._call(AdminStub, "Drain", pb.DrainRequest(worker_id=worker_id))
-
     def _call(self, stub: Any, method: str, request: Any) -> Any:
         for channel in self._channels:
             try:
@@ -197,16 +186,6 @@ class AsyncClient:
 
     async def models(self) -> list[pb.Model]:
         return list((await self._call(InferenceStub, "ListModels", pb.ListModelsRequest())).models)
-
-    async def cluster_state(self) -> pb.ClusterStateResponse:
-        state: pb.ClusterStateResponse = await self._call(AdminStub, "ClusterState", pb.ClusterStateRequest())
-        return state
-
-    async def scale(self, **pools: int) -> list[pb.PoolState]:
-        return list((await self._call(AdminStub, "Scale", pb.ScaleRequest(pools=pools))).pools)
-
-    async def drain(self, worker_id: str) -> None:
-        await self._call(AdminStub, "Drain", pb.DrainRequest(worker_id=worker_id))
 
     async def _call(self, stub: Any, method: str, request: Any) -> Any:
         for channel in self._channels:

@@ -9,6 +9,9 @@ import os
 
 from hypothesis import settings
 
+# Routers and workers inside test processes need a credential; whole systems make their own file, see e2e/conftest.py.
+os.environ.setdefault("DUOPOOL_CREDENTIAL", "a credential for tests")
+
 settings.register_profile("everyday", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))

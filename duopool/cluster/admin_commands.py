@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
-import grpc
 import typer
 from google.protobuf.json_format import MessageToJson
 from rich.table import Table
 
+from duopool.cluster.admin_access import admin_stub
 from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, clear_errors, complain, out
 from duopool.proto import inference_pb2 as pb
-from duopool.proto import inference_pb2_grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 CALL_TIMEOUT_S = 15.0
@@ -92,8 +91,8 @@ def drain(
 @contextmanager
 def admin_of(address: str) -> Iterator[Any]:
     """The Admin service of a router; what it refuses becomes one line and an exit code."""
-    with clear_errors(address), grpc.insecure_channel(address) as channel:
-        yield inference_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+    with clear_errors(address), admin_stub(address) as stub:
+        yield stub
 
 
 def _parse_sizes(sizes: list[str]) -> dict[str, int]:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig, RouterConfig, SchedulerConfig, WorkerConfig
+from duopool.core.config import (
+    CacheConfig,
+    HandoffConfig,
+    InternalConfig,
+    ModelConfig,
+    RouterConfig,
+    SchedulerConfig,
+    WorkerConfig,
+)
 from duopool.core.types import Role, WorkerId
 
 MAX_POOL_SIZE = 256
@@ -42,9 +50,12 @@ class ClusterConfig(BaseModel):
     scheduler: SchedulerConfig = SchedulerConfig()
     handoff: HandoffConfig = HandoffConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
+    internal: InternalConfig = InternalConfig()
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
     metrics_prefix: str = RouterConfig().metrics_prefix
+    internal_host: str = "127.0.0.1"
+    internal_port: int = Field(default=0, ge=0, le=65535)
     ray_address: str | None = None
     """Ray cluster to join; a private local one is started when None."""
     num_threads: int | None = Field(default=None, ge=1)
@@ -66,6 +77,7 @@ class ClusterConfig(BaseModel):
             cache=self.cache,
             scheduler=self.scheduler,
             handoff=self.handoff,
+            internal=self.internal,
             host=host,
             num_threads=num_threads,
         )
@@ -79,4 +91,7 @@ class ClusterConfig(BaseModel):
             port=self.port,
             block_size=self.cache.block_size,
             metrics_prefix=self.metrics_prefix,
+            internal=self.internal,
+            internal_host=self.internal_host,
+            internal_port=self.internal_port,
         )

@@ -16,6 +16,7 @@ import msgspec
 
 from duopool.cluster.membership import ClusterView
 from duopool.proto import control_pb2, control_pb2_grpc
+from duopool.proto.internal_access import InternalAccess
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +30,19 @@ class RouterLink:
     """
 
     def __init__(
-        self, address: str, view: ClusterView, *, on_command: Callable[[control_pb2.ClusterCommand], None]
+        self,
+        address: str,
+        view: ClusterView,
+        *,
+        access: InternalAccess,
+        on_command: Callable[[control_pb2.ClusterCommand], None],
     ) -> None:
         self._on_command = on_command
         self._outgoing: queue.SimpleQueue[control_pb2.ClusterUpdate | None] = queue.SimpleQueue()
         self._latest = view
         self._is_closed = threading.Event()
-        self._channel = grpc.insecure_channel(address)
+        self._channel = access.channel(address)
+        self._stub = access.stub(control_pb2_grpc.ControlStub, self._channel)
         self._thread = threading.Thread(target=self._run, name="router-link", daemon=True)
         self._thread.start()
 
@@ -64,8 +71,7 @@ class RouterLink:
             self._outgoing = outgoing
             outgoing.put(_update(self._latest))
             try:
-                stub = control_pb2_grpc.ControlStub(self._channel)  # type: ignore[no-untyped-call]
-                for command in stub.Attach(_until_none(outgoing), wait_for_ready=True):
+                for command in self._stub.Attach(_until_none(outgoing), wait_for_ready=True):
                     pause_s = 0.05
                     self._on_command(command)
             except (grpc.RpcError, ValueError) as error:

@@ -15,7 +15,7 @@ from duopool.cluster.config import ClusterConfig
 from duopool.cluster.settings import read_file
 from duopool.cluster.system import System
 from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, clear_errors, complain, err, out, progress, set_up_logging
-from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig, SchedulerConfig
+from duopool.core.config import CacheConfig, HandoffConfig, InternalConfig, ModelConfig, SchedulerConfig, TlsFiles
 
 
 class DType(StrEnum):
@@ -43,6 +43,22 @@ def serve(
     decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
     host: Annotated[str, typer.Option(help="Address the router listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router; 0 lets the system choose.")] = 50051,
+    internal_host: Annotated[
+        str, typer.Option(help="Address for operators' commands (status, scale, drain); they need the credential.")
+    ] = "127.0.0.1",
+    internal_port: Annotated[int, typer.Option(min=0, max=65535, help="Their port; 0 lets the system choose.")] = 0,
+    credential_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Cluster credential, made with mode 0600 if missing [~/.cache/duopool/credential]; "
+            "other hosts need the same file, or its content in DUOPOOL_CREDENTIAL."
+        ),
+    ] = None,
+    internal_tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM certificate, for the name duopool.internal, of every router and worker.")
+    ] = None,
+    internal_tls_key: Annotated[Path | None, typer.Option(help="Its PEM key.")] = None,
+    internal_tls_ca: Annotated[Path | None, typer.Option(help="PEM authority that must have signed it.")] = None,
     dtype: Annotated[DType, typer.Option(help="Number format of weights, activations and KV.")] = DType.auto,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt plus output in tokens; the model's limit if not given.")
@@ -95,9 +111,15 @@ def serve(
             ),
             scheduler=SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs),
             handoff=HandoffConfig(transport=transport.value),
+            internal=InternalConfig(
+                credential_file=None if credential_file is None else str(credential_file),
+                tls=tls_files(internal_tls_certificate, internal_tls_key, internal_tls_ca),
+            ),
             host=host,
             port=port,
             metrics_prefix=metrics_prefix,
+            internal_host=internal_host,
+            internal_port=internal_port,
             ray_address=ray_address,
             num_threads=num_threads,
             num_gpus_per_worker=num_gpus_per_worker,
@@ -109,6 +131,13 @@ def serve(
     signal.signal(signal.SIGTERM, _interrupt)
     with clear_errors():
         _run(wanted)
+
+
+def tls_files(certificate: Path | None, key: Path | None, ca: Path | None) -> TlsFiles | None:
+    """The files of one face, or None without any; pydantic names what is missing."""
+    named = {"certificate": certificate, "key": key, "ca": ca}
+    given = {name: str(path.expanduser().absolute()) for name, path in named.items() if path is not None}
+    return TlsFiles.model_validate(given) if given else None
 
 
 def _run(config: ClusterConfig) -> None:

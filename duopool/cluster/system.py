@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from duopool.cluster.admin_access import RouterRecord, announce, prepare, withdraw
 from duopool.cluster.config import ClusterConfig
 from duopool.cluster.launch import LOOPBACK, RayCluster, available_cpus, launch
 from duopool.cluster.membership import ClusterView
@@ -29,6 +30,7 @@ from duopool.core.errors import DuopoolError
 from duopool.core.types import Role, WorkerId
 from duopool.engine.model_source import resolve_model
 from duopool.proto import control_pb2
+from duopool.proto.internal_access import InternalAccess
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ Report = Callable[[str, str], None]
 
 ROUTER_START_TIMEOUT_S = 120.0
 START_POLL_S = 0.05
+_EVERY_HOST = ("0.0.0.0", "::", "")
 
 
 class StartFailed(DuopoolError):
@@ -54,6 +57,7 @@ class System:
         self._router = RouterProcess(config.router())
         self._link: RouterLink | None = None
         self._listening: Listening | None = None
+        self._access = InternalAccess.load(config.internal)
         self._is_listening = threading.Event()
         self._is_complete = threading.Event()
         self._is_stopping = threading.Event()
@@ -69,7 +73,7 @@ class System:
         """Start everything and return once all workers and the router serve. Raises DuopoolError."""
         report("model", f"preparing {config.model.model}")
         asked_model = config.model
-        config = _with_model_folder(config, report)
+        config = _with_model_folder(config, report).model_copy(update={"internal": prepare(config.internal)})
         # Folders of this machine mean nothing on other nodes; workers there look the model up by its name.
         asked_model = asked_model.model_copy(update={"served_model_name": config.model.served_model_name})
         report("ray", "starting a local Ray" if config.ray_address is None else f"joining {config.ray_address}")
@@ -93,7 +97,7 @@ class System:
     def address(self) -> str:
         """host:port at which clients on this machine reach the router."""
         host = self._config.host
-        return f"{LOOPBACK if host in ('0.0.0.0', '::', '') else host}:{self.port}"
+        return f"{LOOPBACK if host in _EVERY_HOST else host}:{self.port}"
 
     @property
     def transport(self) -> TransportName:
@@ -124,6 +128,8 @@ class System:
         if self._thread.is_alive():
             self._thread.join(timeout=60)
         self._router.stop()
+        if self._listening is not None:
+            withdraw(self.port)
         self._ray.stop()
 
     def __enter__(self) -> Self:
@@ -183,8 +189,10 @@ class System:
         if self._link is not None:
             self._link.close()
         self._listening = self._router.wait(timeout_s=ROUTER_START_TIMEOUT_S)
-        address = f"{LOOPBACK}:{self._listening.internal_port}"
-        self._link = RouterLink(address, self._supervisor.view, on_command=self._commands.put)
+        host = self._config.internal_host
+        address = f"{LOOPBACK if host in _EVERY_HOST else host}:{self._listening.internal_port}"
+        announce(self.port, RouterRecord(internal_address=address, internal=self._config.internal))
+        self._link = RouterLink(address, self._supervisor.view, access=self._access, on_command=self._commands.put)
         self._is_listening.set()
 
     def _execute(self, command: control_pb2.ClusterCommand, now: float) -> None:

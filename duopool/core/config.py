@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from duopool.core.types import Role
 
@@ -65,6 +65,30 @@ class HandoffConfig(_Config):
     """A remainder of at most this many uncached tokens may be prefilled on D."""
 
 
+class TlsFiles(_Config):
+    """PEM files of one side of a connection."""
+
+    certificate: str
+    key: str
+    ca: str | None = None
+    """Who must have signed the other side's certificate; without it a server asks for none."""
+
+
+class InternalConfig(_Config):
+    """How routers, workers, supervisor and operators know each other; see docs/security.md. Paths only, no secrets."""
+
+    credential_file: str | None = None
+    """Holds the cluster credential; the environment variable DUOPOOL_CREDENTIAL comes first."""
+    tls: TlsFiles | None = None
+    """Both sides show this certificate, and both check the other's against `ca`."""
+
+    @model_validator(mode="after")
+    def _is_mutual(self) -> Self:
+        if self.tls is not None and self.tls.ca is None:
+            raise ValueError("TLS between routers and workers is mutual: name a certificate authority")
+        return self
+
+
 class WorkerConfig(_Config):
     """All that one worker process needs."""
 
@@ -74,6 +98,7 @@ class WorkerConfig(_Config):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     handoff: HandoffConfig = HandoffConfig()
+    internal: InternalConfig = InternalConfig()
     host: str = "127.0.0.1"
     """Address this worker listens on and is reached at; ports are chosen by the system."""
     num_threads: int | None = Field(default=None, ge=1)
@@ -84,8 +109,13 @@ class RouterConfig(_Config):
 
     model: ModelConfig = ModelConfig()
     handoff: HandoffConfig = HandoffConfig()
+    internal: InternalConfig = InternalConfig()
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
+    """For clients."""
+    internal_host: str = "127.0.0.1"
+    internal_port: int = Field(default=0, ge=0, le=65535)
+    """For the supervisor and operators; 0 lets the system choose."""
     max_num_requests: int = Field(default=1024, ge=1)
     """Requests alive at once; past it new ones get RESOURCE_EXHAUSTED."""
     max_message_bytes: int = Field(default=4 << 20, ge=1024)

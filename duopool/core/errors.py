@@ -20,6 +20,10 @@ class PromptTooLong(InvalidRequest):
     """The prompt (and the tokens asked for) can never fit the model or the pool."""
 
 
+class Unauthenticated(DuopoolError):
+    """The call shows no credential or API key, or one that is not known here."""
+
+
 class ModelNotFound(DuopoolError):
     """The model named by a request or a flag is not served or cannot be found."""
 

@@ -20,6 +20,7 @@ def assemble(parts: WorkerParts) -> Assembly:
         parts.runner.store,
         worker_id=parts.worker_id,
         incarnation=parts.incarnation,
+        access=parts.access,
     )
     worker = DecodeWorker(
         config=parts.config,

@@ -29,6 +29,7 @@ from duopool.engine.served_model import ServedModel
 from duopool.engine.step_loop import StepLoop
 
 if TYPE_CHECKING:
+    from duopool.proto.internal_access import InternalAccess
     from duopool.proto.server_thread import ServerThread
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class WorkerParts:
     runner: ModelRunner
     manager: KVCacheManager
     model: ServedModel
+    access: InternalAccess
+    """What calls to other workers show."""
     clock: Callable[[], float]
 
     @property
@@ -90,6 +93,7 @@ class WorkerProcess:
 
     def start(self) -> WorkerInfo:
         """Load the model, listen, and begin to step; returns the registration. Takes seconds to minutes."""
+        from duopool.proto.internal_access import InternalAccess
         from duopool.proto.server_thread import ServerThread
         from duopool.proto.worker_service import WorkerService
 
@@ -97,11 +101,12 @@ class WorkerProcess:
         failpoints.enable(config.worker_id)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        access = InternalAccess.load(config.internal)
         source = resolve_model(config.model.model)
         runner = ModelRunner.load(config.model, config.cache, progress=log.info)
         runner.warm_up()
         digest = model_digest(source.folder, dtype=str(runner.store.layout.dtype))
-        self._server = ServerThread()
+        self._server = ServerThread(access)
         address = self._server.listen(config.host)
         manager = KVCacheManager(
             num_blocks=runner.num_blocks, block_size=config.cache.block_size, namespace=digest.encode()
@@ -116,6 +121,7 @@ class WorkerProcess:
             runner=runner,
             manager=manager,
             model=model,
+            access=access,
             clock=self._clock,
         )
         assembly = self._assembly = self._assemble(parts)

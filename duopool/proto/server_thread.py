@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import grpc
 
 from duopool.core.errors import Unavailable
-from duopool.proto import codec
+from duopool.proto.internal_access import InternalAccess
 
 T = TypeVar("T")
 
@@ -21,7 +21,8 @@ T = TypeVar("T")
 class ServerThread:
     """`listen` gives the address, `serve` starts answering; connections made in between wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, access: InternalAccess) -> None:
+        self._access = access
         self._loop = asyncio.new_event_loop()
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -51,10 +52,10 @@ class ServerThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _listen(self, host: str) -> str:
-        self._server = grpc.aio.server(options=codec.INTERNAL_CHANNEL_OPTIONS)
+        self._server = self._access.server()
         address = f"[{host}]" if ":" in host else host
         try:
-            port = self._server.add_insecure_port(f"{address}:0")
+            port = self._access.add_port(self._server, f"{address}:0")
         except RuntimeError as error:
             raise Unavailable(f"cannot listen on {host}: {error}") from error
         if port == 0:

@@ -26,6 +26,7 @@ from duopool.core.errors import (
     PromptTooLong,
     SlowReader,
     TransferFailed,
+    Unauthenticated,
     Unavailable,
     UnsupportedModel,
     WorkerLost,
@@ -38,6 +39,7 @@ DEFAULT_RETRY_S = 1.0
 CODES: dict[type[DuopoolError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     PromptTooLong: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     WorkerNotFound: grpc.StatusCode.NOT_FOUND,
     UnsupportedModel: grpc.StatusCode.FAILED_PRECONDITION,

@@ -12,6 +12,7 @@ import msgspec
 from duopool.core.messages import CommandBatch, StepReport
 from duopool.core.types import Incarnation
 from duopool.proto import codec
+from duopool.proto.internal_access import InternalAccess
 
 INCARNATION_KEY = "incarnation"
 """Call metadata: the worker refuses a session that is meant for another life of it."""
@@ -37,17 +38,21 @@ Connect = Callable[[str, Incarnation], AbstractAsyncContextManager[Connection]]
 """Opens a stream to the worker at an address (host:port); leaving the context ends it."""
 
 
-@asynccontextmanager
-async def connect(address: str, incarnation: Incarnation) -> AsyncIterator[Connection]:
-    """A session over a gRPC channel of its own."""
-    async with grpc.aio.insecure_channel(address, options=codec.INTERNAL_CHANNEL_OPTIONS) as channel:
-        # Answers are decoded by us: gRPC would log what cannot be read and go on with None.
-        method = channel.stream_stream(codec.SESSION_METHOD, request_serializer=codec.encode)
-        call = method(metadata=((INCARNATION_KEY, str(incarnation)),))
-        try:
-            yield _GrpcConnection(call)
-        finally:
-            call.cancel()
+def connector(access: InternalAccess) -> Connect:
+    """Sessions over gRPC, each with a channel of its own, that show the cluster credential."""
+
+    @asynccontextmanager
+    async def connect(address: str, incarnation: Incarnation) -> AsyncIterator[Connection]:
+        async with access.aio_channel(address) as channel:
+            # Answers are decoded by us: gRPC would log what cannot be read and go on with None.
+            method = channel.stream_stream(codec.SESSION_METHOD, request_serializer=codec.encode)
+            call = method(metadata=((INCARNATION_KEY, str(incarnation)), *access.metadata))
+            try:
+                yield _GrpcConnection(call)
+            finally:
+                call.cancel()
+
+    return connect
 
 
 class _GrpcConnection:

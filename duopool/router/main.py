@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from duopool.core.config import RouterConfig
-from duopool.core.errors import ModelNotFound
+from duopool.core.errors import DuopoolError
 from duopool.router.server import RouterServer
 from duopool.router.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return asyncio.run(_serve(config))
-    except (ModelNotFound, OSError) as error:
+    except (DuopoolError, OSError) as error:
         print(f"router: {error}", file=sys.stderr)
         return 1
 

@@ -36,7 +36,7 @@ from duopool.core.messages import (
     WorkerLoad,
 )
 from duopool.core.types import BlockKey, LeaseId, RequestId, Role
-from duopool.router.connection import Connect, connect
+from duopool.router.connection import Connect
 from duopool.router.load_table import LoadTable
 from duopool.router.policy import Candidate, Decision, choose, choose_decode
 from duopool.router.prefix_index import PrefixIndex
@@ -95,7 +95,7 @@ class Pools:
     """Mutable state of one router, all on one event loop."""
 
     def __init__(
-        self, config: RouterConfig, *, connect: Connect = connect, clock: Callable[[], float] = time.monotonic
+        self, config: RouterConfig, *, connect: Connect, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._config = config
         self._connect = connect

@@ -1,4 +1,4 @@
-"""The router's two gRPC servers: the public port for clients, an internal one for the supervisor.
+"""The router's two gRPC servers: the public port for clients, an internal one for supervisor and operators.
 
 Owns how the parts are put together, health and shutdown; the parts own everything else.
 """
@@ -18,7 +18,9 @@ from grpc_reflection.v1alpha import reflection
 from duopool.core.config import RouterConfig
 from duopool.core.types import Role
 from duopool.proto import control_pb2_grpc, inference_pb2
+from duopool.proto.internal_access import InternalAccess
 from duopool.router.admin_service import AdminService
+from duopool.router.connection import connector
 from duopool.router.control_service import COMMAND_TIMEOUT_S, ControlService
 from duopool.router.evacuation import Evacuation
 from duopool.router.generation import Generation
@@ -30,11 +32,11 @@ from duopool.router.rpc import service_handler
 from duopool.router.tokenizer import Tokenizer
 from duopool.router.watch import Watches
 
-LOOPBACK = "127.0.0.1"
 NUM_TOKENIZER_THREADS = 2
 STOP_GRACE_S = 2.0
 KEEPALIVE_MS = 20_000
-_SERVICES = {name: inference_pb2.DESCRIPTOR.services_by_name[name] for name in ("Inference", "Admin")}
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+_ADMIN = inference_pb2.DESCRIPTOR.services_by_name["Admin"]
 
 
 class RouterServer:
@@ -53,7 +55,8 @@ class RouterServer:
         self._config = config
         self.port = 0
         self.internal_port = 0
-        self.pools = Pools(config, clock=clock)
+        self._access = InternalAccess.load(config.internal)
+        self.pools = Pools(config, connect=connector(self._access), clock=clock)
         self._executor = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._health = health.aio.HealthServicer()
         self._tasks: tuple[asyncio.Task[None], ...] = ()
@@ -75,16 +78,19 @@ class RouterServer:
         )
         inference = InferenceService(self.generation)
         admin = AdminService(config, model_id=model_id, pools=self.pools, control=control)
-        self._public = self._make_public(inference, admin)
-        self._internal = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self._public = self._make_public(inference)
+        self._internal = self._access.server()
+        self._internal.add_generic_rpc_handlers((service_handler(_ADMIN, admin),))
         control_pb2_grpc.add_ControlServicer_to_server(control, self._internal)  # type: ignore[no-untyped-call]
 
     async def start(self) -> None:
-        """Listen on both ports; OSError when the public one is taken."""
-        address = f"{self._config.host}:{self._config.port}"
+        """Listen on both ports; OSError when one is taken."""
+        config = self._config
+        address = f"{config.host}:{config.port}"
         try:
             self.port = self._public.add_insecure_port(address)
-            self.internal_port = self._internal.add_insecure_port(f"{LOOPBACK}:0")
+            address = f"{config.internal_host}:{config.internal_port}"
+            self.internal_port = self._access.add_port(self._internal, address)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
         self.pools.on_change = self._on_change
@@ -106,7 +112,7 @@ class RouterServer:
         self._tasks = ()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _make_public(self, inference: InferenceService, admin: AdminService) -> grpc.aio.Server:
+    def _make_public(self, inference: InferenceService) -> grpc.aio.Server:
         server = grpc.aio.server(
             options=(
                 ("grpc.so_reuseport", 0),
@@ -116,12 +122,10 @@ class RouterServer:
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
             )
         )
-        server.add_generic_rpc_handlers(
-            (service_handler(_SERVICES["Inference"], inference), service_handler(_SERVICES["Admin"], admin))
-        )
+        server.add_generic_rpc_handlers((service_handler(_INFERENCE, inference),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = [service.full_name for service in _SERVICES.values()]
-        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        names = (_INFERENCE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
         return server
 
     def _on_change(self) -> None:
@@ -135,5 +139,5 @@ class RouterServer:
             self._health_wake.clear()
             serving = all(self.pools.num_ready(role) for role in Role)
             status = health_pb2.HealthCheckResponse.ServingStatus
-            for name in ("", _SERVICES["Inference"].full_name):
+            for name in ("", _INFERENCE.full_name):
                 await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)

@@ -18,7 +18,7 @@ from duopool.core.config import HandoffConfig
 from duopool.core.handoff.request import Member
 from duopool.core.messages import Command, CommandBatch, Event, Heartbeat, StepReport, WorkerInfo, WorkerLoad
 from duopool.core.types import LeaseId
-from duopool.router.connection import Connect, Connection, ConnectionBroken, connect
+from duopool.router.connection import Connect, Connection, ConnectionBroken
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Session:
         listener: SessionListener,
         config: HandoffConfig,
         *,
-        connect: Connect = connect,
+        connect: Connect,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.member = Member(info.worker_id, info.incarnation)

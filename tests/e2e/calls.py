@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
-import grpc
-
+from duopool.cluster.admin_access import admin_stub
 from duopool.cluster.completions import Completion, complete_all
 from duopool.proto import inference_pb2 as pb
-from duopool.proto import inference_pb2_grpc
 
 TIMEOUT_S = 120.0
 REST_TIMEOUT_S = 20.0
@@ -32,13 +30,13 @@ def complete(address: str, requests: Sequence[pb.GenerateRequest]) -> list[Compl
 
 
 def state(address: str) -> pb.ClusterStateResponse:
-    with grpc.insecure_channel(address) as channel:
-        return inference_pb2_grpc.AdminStub(channel).ClusterState(pb.ClusterStateRequest(), timeout=10)
+    with admin_stub(address) as admin:
+        return admin.ClusterState(pb.ClusterStateRequest(), timeout=10)
 
 
 def scale(address: str, **pools: int) -> None:
-    with grpc.insecure_channel(address) as channel:
-        inference_pb2_grpc.AdminStub(channel).Scale(pb.ScaleRequest(pools=pools), timeout=30)
+    with admin_stub(address) as admin:
+        admin.Scale(pb.ScaleRequest(pools=pools), timeout=30)
 
 
 def wait_for(address: str, is_so: Callable[[pb.ClusterStateResponse], bool]) -> pb.ClusterStateResponse:
@@ -65,8 +63,8 @@ def is_at_rest(now: pb.ClusterStateResponse) -> bool:
 
 
 def audit(address: str, *, at_rest: bool = False) -> pb.AuditResponse:
-    with grpc.insecure_channel(address) as channel:
-        return inference_pb2_grpc.AdminStub(channel).Audit(pb.AuditRequest(at_rest=at_rest), timeout=10)
+    with admin_stub(address) as admin:
+        return admin.Audit(pb.AuditRequest(at_rest=at_rest), timeout=10)
 
 
 def wait_for_rest(address: str) -> None:

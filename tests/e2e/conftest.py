@@ -13,6 +13,8 @@ from reference import Reference
 from remains import Remains, is_open
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Systems make and find their credential's file, as a user's do.
+os.environ.pop("DUOPOOL_CREDENTIAL", None)
 # Ray reads these once per process: every cluster of this run, whoever starts it, must ask for the same token.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

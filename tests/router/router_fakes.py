@@ -46,6 +46,7 @@ from duopool.core.messages import (
 from duopool.core.types import BlockId, FinishReason, Incarnation, LeaseId, TokenLogprob, WorkerId
 from duopool.proto import codec
 from duopool.proto.inference_pb2_grpc import AdminStub, InferenceStub
+from duopool.proto.internal_access import InternalAccess
 from duopool.router.server import RouterServer
 from duopool.router.tokenizer import Tokenizer as RouterTokenizer
 
@@ -363,13 +364,16 @@ class FakeCluster:
         self.tell_members()
         self.channel = grpc.aio.insecure_channel(self.address)
         self.inference = InferenceStub(self.channel)
-        self.admin = AdminStub(self.channel)
+        self.access = InternalAccess.load(self.config.internal)
+        self.internal_channel = self.access.aio_channel(f"127.0.0.1:{self.router.internal_port}")
+        self.admin = self.access.stub(AdminStub, self.internal_channel)
         if self.workers:
             await eventually(lambda: all(self.router.pools.num_ready(worker.role) for worker in self.workers))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.channel.close()
+        await self.internal_channel.close()
         await self.router.stop(0.1)
         for worker in self.workers:
             await worker.stop()

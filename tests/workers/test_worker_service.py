@@ -41,10 +41,12 @@ from duopool.engine.step_loop import StepLoop
 from duopool.prefill_worker.leases import SourceIdentity
 from duopool.prefill_worker.worker import PrefillWorker, Surroundings
 from duopool.proto import codec
+from duopool.proto.internal_access import InternalAccess
 from duopool.proto.server_thread import ServerThread
 from duopool.proto.worker_service import WorkerService
 
 INCARNATION = Incarnation(77)
+ACCESS = InternalAccess(credential="a credential for tests")
 
 
 class Served:
@@ -70,7 +72,7 @@ class Served:
         self.service = WorkerService(
             self.worker, incarnation=INCARNATION, heartbeat_s=0.05, on_commands=self.steps.wake
         )
-        self.server = ServerThread()
+        self.server = ServerThread(ACCESS)
         self.address = self.server.listen("127.0.0.1")
         self.server.serve(self.service.add_to, self.service.beat)
         self.steps.start()
@@ -102,7 +104,7 @@ class Client:
         method = self._channel.stream_stream(
             codec.SESSION_METHOD, request_serializer=None, response_deserializer=codec.decode_report
         )
-        self.call = method(metadata=(("incarnation", str(incarnation)),))
+        self.call = method(metadata=(("incarnation", str(incarnation)), *ACCESS.metadata))
 
     async def __aenter__(self) -> Client:
         return self

@@ -13,6 +13,7 @@ from duopool.engine.transfer.transport import BlockReader
 
 if TYPE_CHECKING:
     from duopool.engine.transfer.nixl_source import NixlSource
+    from duopool.proto.internal_access import InternalAccess
 
 
 def available_transports() -> tuple[TransportName, ...]:
@@ -36,12 +37,13 @@ def make_reader(
     *,
     worker_id: WorkerId,
     incarnation: Incarnation,
+    access: InternalAccess | None = None,
     read_timeout_s: float = 5.0,
     confirm_timeout_s: float = 2.0,
 ) -> BlockReader:
     """D's reader into the pages of `store`. Raises Unavailable or TransferFailed.
 
-    A `nixl` reader reads a source that has no NIXL agent over gRPC.
+    `access` is what sources ask for. A `nixl` reader reads a source that has no NIXL agent over gRPC.
     """
     if choose_transport(transport) == "nixl":
         from duopool.engine.transfer.nixl_reader import NixlReader
@@ -50,12 +52,13 @@ def make_reader(
             store,
             worker_id=worker_id,
             incarnation=incarnation,
+            access=access,
             read_timeout_s=read_timeout_s,
             confirm_timeout_s=confirm_timeout_s,
         )
     from duopool.engine.transfer.grpc_reader import GrpcReader
 
-    return GrpcReader(store, read_timeout_s=read_timeout_s, confirm_timeout_s=confirm_timeout_s)
+    return GrpcReader(store, access=access, read_timeout_s=read_timeout_s, confirm_timeout_s=confirm_timeout_s)
 
 
 def make_nixl_source(

@@ -19,6 +19,7 @@ from duopool.engine.transfer.grpc_source import LAYOUT_METADATA_KEY
 from duopool.engine.transfer.page_store import PageStore
 from duopool.engine.transfer.source_client import SourceClient, describe_error
 from duopool.engine.transfer.transport import ReadOutcome
+from duopool.proto.internal_access import InternalAccess
 
 
 class GrpcReader:
@@ -28,6 +29,7 @@ class GrpcReader:
         self,
         store: PageStore,
         *,
+        access: InternalAccess | None = None,
         read_timeout_s: float = 5.0,
         confirm_timeout_s: float = 2.0,
         num_threads: int = 4,
@@ -35,7 +37,7 @@ class GrpcReader:
     ) -> None:
         self._store = store
         self._read_timeout_s = read_timeout_s
-        self._client = SourceClient(confirm_timeout_s=confirm_timeout_s) if client is None else client
+        self._client = client or SourceClient(access, confirm_timeout_s=confirm_timeout_s)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="grpc-reader")
         self._closed = False
 

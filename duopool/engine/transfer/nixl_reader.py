@@ -28,6 +28,7 @@ from duopool.engine.transfer.nixl_agent import NixlAgent, NixlPeer
 from duopool.engine.transfer.page_store import PageStore
 from duopool.engine.transfer.source_client import SourceClient
 from duopool.engine.transfer.transport import ReadOutcome
+from duopool.proto.internal_access import InternalAccess
 
 SHORTEST_SLEEP_S = 50e-6
 LONGEST_SLEEP_S = 1e-3
@@ -72,6 +73,7 @@ class NixlReader:
         *,
         worker_id: WorkerId,
         incarnation: Incarnation,
+        access: InternalAccess | None = None,
         read_timeout_s: float = 5.0,
         confirm_timeout_s: float = 2.0,
         make_agent: Callable[[PageStore, str], NixlAgent] = NixlAgent,
@@ -83,7 +85,7 @@ class NixlReader:
         self._agent: NixlAgent | None = make_agent(store, self._name)
         """None if a fresh agent could not be made: then everything goes over gRPC."""
         self._num_agents = 1
-        self._client = SourceClient(confirm_timeout_s=confirm_timeout_s)
+        self._client = SourceClient(access, confirm_timeout_s=confirm_timeout_s)
         self._grpc = GrpcReader(store, read_timeout_s=read_timeout_s, client=self._client)
         self._peers: dict[PeerId, _Peer] = {}
         self._in_flight: list[_Read] = []

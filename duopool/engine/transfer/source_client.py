@@ -15,12 +15,15 @@ import msgspec
 
 from duopool.core.messages import DescribeSource, ReadBlocks, SourceDescription, Validate, Verdict
 from duopool.proto import codec
+from duopool.proto.internal_access import InternalAccess
 
 
 class SourceClient:
     """Calls from any thread."""
 
-    def __init__(self, *, confirm_timeout_s: float) -> None:
+    def __init__(self, access: InternalAccess | None = None, *, confirm_timeout_s: float) -> None:
+        self._access = access
+        self._metadata = None if access is None else access.metadata
         self._confirm_timeout_s = confirm_timeout_s
         self._lock = threading.Lock()
         self._channels: dict[str, Any] = {}
@@ -30,7 +33,11 @@ class SourceClient:
     def read(self, address: str, read: ReadBlocks, *, timeout_s: float) -> Any:
         """The running call: iterate over it for one page's bytes after the other; `forget` it in the end."""
         request = codec.encode(read)
-        return self._begin(address, lambda channel: channel.unary_stream(codec.READ_METHOD)(request, timeout=timeout_s))
+
+        def start(channel: Any) -> Any:
+            return channel.unary_stream(codec.READ_METHOD)(request, timeout=timeout_s, metadata=self._metadata)
+
+        return self._begin(address, start)
 
     def forget(self, address: str, call: Any) -> None:
         """The call is over; if it found nobody at its address, the channel goes."""
@@ -76,9 +83,10 @@ class SourceClient:
         decode: Callable[[bytes], Any],
         done: Callable[[Any], None],
     ) -> None:
-        call = self._begin(
-            address, lambda channel: channel.unary_unary(method).future(request, timeout=self._confirm_timeout_s)
-        )
+        def start(channel: Any) -> Any:
+            return channel.unary_unary(method).future(request, timeout=self._confirm_timeout_s, metadata=self._metadata)
+
+        call = self._begin(address, start)
 
         def ended(call: Any) -> None:
             self.forget(address, call)
@@ -99,11 +107,16 @@ class SourceClient:
                 raise RuntimeError("the reader is closed")
             channel = self._channels.get(address)
             if channel is None:
-                channel = grpc.insecure_channel(address, options=codec.INTERNAL_CHANNEL_OPTIONS)
+                channel = self._open(address)
                 self._channels[address] = channel
             call = start(channel)
             self._channel_of[call] = channel
             return call
+
+    def _open(self, address: str) -> Any:
+        if self._access is None:
+            return grpc.insecure_channel(address, options=codec.INTERNAL_CHANNEL_OPTIONS)
+        return self._access.channel(address)
 
 
 def describe_error(call: Any) -> str:
