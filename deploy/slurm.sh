@@ -14,7 +14,7 @@ export NUM_DECODE=$((nodes > 1 ? nodes - PREFILL_NODES : 1))
 export HEAD=${HEAD:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 # One token for all nodes of this job, in no file.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')}
-export RAY_USAGE_STATS_ENABLED=0
+export DUOPOOL_CREDENTIAL=$RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
 
 # Started once on every node; Ray's head is the first one, where `duopool serve` runs too.
 start_node() {

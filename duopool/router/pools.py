@@ -94,9 +94,7 @@ class _Seat:
 class Pools:
     """Mutable state of one router, all on one event loop."""
 
-    def __init__(
-        self, config: RouterConfig, *, connect: Connect, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, config: RouterConfig, *, connect: Connect, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._connect = connect
         self._clock = clock
