@@ -17,7 +17,7 @@ SEED ?= 0
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo test test-fast check chaos bench proto format clean
+.PHONY: help setup demo test test-fast check chaos aborts bench proto format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -45,6 +45,9 @@ chaos: $(STAMP) ## Kill -9 workers at failpoints under verified streams (KILLS p
 
 bench: $(STAMP) ## All workloads on this machine; results in benchmarks/results.json
 	@$(BIN)/duopool bench all --output benchmarks/results.json
+
+aborts: $(STAMP) ## 10,000 requests aborted at random phases, 10 router kills; audits find nothing left
+	@$(BIN)/python benchmarks/aborts.py --requests 10000 --router-kills 10
 
 proto: $(STAMP) ## Generate the code of duopool/proto/*.proto
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out . --pyi_out . --grpc_python_out . duopool/proto/*.proto

@@ -82,6 +82,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 class Resources(msgspec.Struct, frozen=True, kw_only=True):
     """What a process holds of the operating system and of its event loop."""
 
+    pid: int = 0
     num_fds: int = 0
     num_threads: int = 0
     num_tasks: int = 0

@@ -42,6 +42,7 @@ def _process(name: str, role: str, resources: Resources) -> pb.ProcessAudit:
     return pb.ProcessAudit(
         name=name,
         role=role,
+        pid=resources.pid,
         fds=resources.num_fds,
         threads=resources.num_threads,
         tasks=resources.num_tasks,

@@ -367,7 +367,7 @@ class Finding(_message.Message):
     def __init__(self, where: _Optional[str] = ..., subject: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ProcessAudit(_message.Message):
-    __slots__ = ("name", "role", "requests", "blocks", "free_blocks", "cached_blocks", "referenced_blocks", "leases", "quarantined", "fds", "threads", "tasks", "streams", "resident_bytes")
+    __slots__ = ("name", "role", "requests", "blocks", "free_blocks", "cached_blocks", "referenced_blocks", "leases", "quarantined", "fds", "threads", "tasks", "streams", "resident_bytes", "pid")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -382,6 +382,7 @@ class ProcessAudit(_message.Message):
     TASKS_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     requests: int
@@ -396,7 +397,8 @@ class ProcessAudit(_message.Message):
     tasks: int
     streams: int
     resident_bytes: int
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., requests: _Optional[int] = ..., blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., referenced_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., quarantined: _Optional[int] = ..., fds: _Optional[int] = ..., threads: _Optional[int] = ..., tasks: _Optional[int] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
+    pid: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., requests: _Optional[int] = ..., blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., referenced_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., quarantined: _Optional[int] = ..., fds: _Optional[int] = ..., threads: _Optional[int] = ..., tasks: _Optional[int] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class AuditResponse(_message.Message):
     __slots__ = ("findings", "processes")

@@ -13,6 +13,7 @@ def measure_resources(num_streams: int) -> Resources:
     """Of this process and the running event loop."""
     process = psutil.Process()
     return Resources(
+        pid=process.pid,
         num_fds=process.num_fds(),
         num_threads=process.num_threads(),
         num_tasks=len(asyncio.all_tasks()),

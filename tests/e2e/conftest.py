@@ -11,6 +11,7 @@ import pytest
 from calls import wait_for_rest
 from reference import Reference
 from remains import Remains, is_open
+from tiny_model import make_tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Systems make and find their credential's file, as a user's do.
@@ -45,26 +46,5 @@ def _audited(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two layers of random weights and SmolLM2's tokenizer: loads in a moment."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from duopool.engine.model_source import resolve_model
-
-    folder = tmp_path_factory.mktemp("tiny-model")
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2").folder)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    """A model that loads in a moment."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))

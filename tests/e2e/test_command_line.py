@@ -137,6 +137,20 @@ def test_an_audit_of_a_sound_system_finds_nothing(server: Server) -> None:
         assert process in answer.stdout
 
 
+def test_requests_aborted_at_any_phase_leave_nothing(server: Server) -> None:
+    """What `make aborts` does with 10,000."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "aborts.py"), "--address", server.address]
+    answer = subprocess.run(
+        [*command, "--requests", "150", "--router-kills", "1", "--concurrency", "32", "--rest-limit-s", "20"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
 def test_a_model_that_is_not_there_ends_the_start(nothing_remains: Remains) -> None:
     answer = duopool("serve", "--model", "/nonexistent/model", "--port", "0")
     assert answer.returncode == 1
