@@ -53,6 +53,8 @@ class ClusterConfig(BaseModel):
     internal: InternalConfig = InternalConfig()
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
+    http_port: int | None = Field(default=0, ge=0, le=65535)
+    """Port of the OpenAI-compatible HTTP face; 0 lets the system choose, None means no such face."""
     metrics_prefix: str = RouterConfig().metrics_prefix
     internal_host: str = "127.0.0.1"
     internal_port: int = Field(default=0, ge=0, le=65535)
@@ -89,6 +91,7 @@ class ClusterConfig(BaseModel):
             handoff=self.handoff,
             host=self.host,
             port=self.port,
+            http_port=self.http_port,
             block_size=self.cache.block_size,
             metrics_prefix=self.metrics_prefix,
             internal=self.internal,

@@ -34,6 +34,8 @@ class Listening:
     """Where a router listens."""
 
     port: int
+    http_port: int
+    """0 without an HTTP face."""
     internal_port: int
 
 
@@ -88,8 +90,9 @@ class RouterProcess:
             time.sleep(0.1)
             raise RouterFailed("the router ended at its start: " + "\n".join(self._last_lines[-5:]))
         told = json.loads(line)
-        listening = Listening(port=told["port"], internal_port=told["internal_port"])
-        self._config = self._config.model_copy(update={"port": listening.port})
+        listening = Listening(**told)
+        http_port = None if self._config.http_port is None else listening.http_port
+        self._config = self._config.model_copy(update={"port": listening.port, "http_port": http_port})
         return listening
 
     def stop(self) -> None:

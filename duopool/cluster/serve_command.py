@@ -43,6 +43,10 @@ def serve(
     decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
     host: Annotated[str, typer.Option(help="Address the router listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router; 0 lets the system choose.")] = 50051,
+    http: Annotated[bool, typer.Option(help="Also serve the OpenAI-compatible HTTP interface.")] = True,
+    http_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the HTTP interface; 0 lets the system choose.")
+    ] = 8000,
     internal_host: Annotated[
         str, typer.Option(help="Address for operators' commands (status, scale, drain); they need the credential.")
     ] = "127.0.0.1",
@@ -117,6 +121,7 @@ def serve(
             ),
             host=host,
             port=port,
+            http_port=http_port if http else None,
             metrics_prefix=metrics_prefix,
             internal_host=internal_host,
             internal_port=internal_port,
@@ -148,6 +153,8 @@ def _run(config: ClusterConfig) -> None:
         # Ray sets a handler of its own when it starts.
         signal.signal(signal.SIGTERM, _interrupt)
         out.print(f"serving {config.model.model} on {system.address} (Ctrl-C stops)", highlight=False)
+        if system.http_url is not None:
+            out.print(f"OpenAI-compatible HTTP on {system.http_url}/v1", highlight=False)
         system.wait()
         complain("the supervisor failed; see above")
         raise typer.Exit(EXIT_FAILED)

@@ -96,8 +96,18 @@ class System:
     @property
     def address(self) -> str:
         """host:port at which clients on this machine reach the router."""
+        return f"{self._host}:{self.port}"
+
+    @property
+    def http_url(self) -> str | None:
+        """Where clients on this machine reach the HTTP face; None if there is none."""
+        assert self._listening is not None
+        return f"http://{self._host}:{self._listening.http_port}" if self._listening.http_port else None
+
+    @property
+    def _host(self) -> str:
         host = self._config.host
-        return f"{LOOPBACK if host in _EVERY_HOST else host}:{self.port}"
+        return LOOPBACK if host in _EVERY_HOST else host
 
     @property
     def transport(self) -> TransportName:
@@ -154,7 +164,7 @@ class System:
                     report("workers", f"{info.worker_id} ready, {info.num_blocks} blocks of {info.block_size} tokens")
             if self._is_listening.is_set() and "router" not in reported:
                 reported.add("router")
-                report("router", f"listening on {self.address}")
+                report("router", f"listening on {self.address}" + (f" and {self.http_url}" if self.http_url else ""))
             time.sleep(START_POLL_S)
 
     # ---- supervisor thread ------------------------------------------------------------------------------------------

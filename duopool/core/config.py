@@ -113,6 +113,8 @@ class RouterConfig(_Config):
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
     """For clients."""
+    http_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of the OpenAI-compatible HTTP face; 0 lets the system choose, None means no such face."""
     internal_host: str = "127.0.0.1"
     internal_port: int = Field(default=0, ge=0, le=65535)
     """For the supervisor and operators; 0 lets the system choose."""

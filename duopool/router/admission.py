@@ -29,6 +29,11 @@ class Limits:
     pool_tokens: int
     """Longest sequence that the smallest pool can bring forth; its last token needs no KV."""
 
+    @property
+    def longest(self) -> int:
+        """Prompt and output together."""
+        return min(self.max_model_len, self.pool_tokens)
+
     @classmethod
     def of(cls, members: Sequence[WorkerInfo]) -> Limits:
         return cls(

@@ -48,6 +48,8 @@ class Ask:
     model: str = ""
     """Empty means the one that is served."""
     num_choices: int = 1
+    takes_all_room: bool = False
+    """Go on as long as prompt and output fit, whatever `params.max_tokens` says."""
     request_id: str = ""
     """An alias of the client's own."""
     cache_salt: bytes = b""

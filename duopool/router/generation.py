@@ -87,7 +87,8 @@ class Generation:
         admission.check_choices(ask.num_choices)
         num_lives = len(ask.prompts) * ask.num_choices
         with self._admission.admit(num_lives):
-            prompts = await self._read(ask)
+            params = replace(ask.params, max_tokens=1) if ask.takes_all_room else ask.params
+            prompts = await self._read(ask, params)
             outbox = Outbox(self._config.max_unread_tokens, num_choices=num_lives)
             lives = [
                 self._life(ask, prompt, outbox, choice=place * ask.num_choices + choice, deadline=deadline)
@@ -131,11 +132,13 @@ class Generation:
     def draw_seed(self) -> int:
         return self._random.randint(0, MAX_SEED)
 
+    def draw_id(self) -> str:
+        return f"{self._random.getrandbits(128):032x}"
+
     # ---- reading a request ------------------------------------------------------------------------------------------
 
-    async def _read(self, ask: Ask) -> tuple[tuple[int, ...], ...]:
+    async def _read(self, ask: Ask, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Token ids of each prompt, all checks passed."""
-        params = ask.params
         params.check()
         admission.check_names(cache_salt=ask.cache_salt, request_id=ask.request_id)
         limits = self.limits()
@@ -187,8 +190,10 @@ class Generation:
         self, ask: Ask, prompt_token_ids: tuple[int, ...], outbox: Outbox, *, choice: int, deadline: float | None
     ) -> RequestLife:
         tokenizer = self.tokenizer
-        request_id = RequestId(f"{self._random.getrandbits(128):032x}")
+        request_id = RequestId(self.draw_id())
         params = replace(ask.params, seed=_seed_of(ask.params.seed, choice % ask.num_choices))
+        if ask.takes_all_room:
+            params = replace(params, max_tokens=self.limits().longest - len(prompt_token_ids))
         detokenizer = Detokenizer(
             tokenizer.decode, special_ids=tokenizer.special_ids, prompt_token_ids=prompt_token_ids
         )

@@ -1,7 +1,7 @@
 """A router process: `python -m duopool.router.main --config JSON` (or `--config @FILE`).
 
-Prints one JSON line with `port` and `internal_port` once it listens, and stops on SIGTERM or SIGINT. In the
-configuration, `model.model` is a folder with tokenizer files.
+Prints one JSON line with `port`, `http_port` and `internal_port` once it listens, and stops on SIGTERM or SIGINT. In
+the configuration, `model.model` is a folder with tokenizer files.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ async def _serve(config: RouterConfig) -> int:
     tokenizer.warm_up()
     server = RouterServer(config, tokenizer)
     await server.start()
-    print(json.dumps({"port": server.port, "internal_port": server.internal_port}), flush=True)
+    listening = {"port": server.port, "http_port": server.http_port, "internal_port": server.internal_port}
+    print(json.dumps(listening), flush=True)
     try:
         await stopped.wait()
     finally:

@@ -1,4 +1,4 @@
-"""The router's two gRPC servers: the public port for clients, an internal one for supervisor and operators.
+"""The router's servers: gRPC and HTTP for clients, an internal gRPC port for supervisor and operators.
 
 Owns how the parts are put together, health and shutdown; the parts own everything else.
 """
@@ -24,6 +24,8 @@ from duopool.router.connection import connector
 from duopool.router.control_service import COMMAND_TIMEOUT_S, ControlService
 from duopool.router.evacuation import Evacuation
 from duopool.router.generation import Generation
+from duopool.router.http.app import make_app
+from duopool.router.http.server import HttpServer
 from duopool.router.inference_service import InferenceService
 from duopool.router.metrics import Metrics
 from duopool.router.pools import Pools
@@ -54,6 +56,8 @@ class RouterServer:
     ) -> None:
         self._config = config
         self.port = 0
+        self.http_port = 0
+        """0 without an HTTP face."""
         self.internal_port = 0
         self._access = InternalAccess.load(config.internal)
         self.pools = Pools(config, connect=connector(self._access), clock=clock)
@@ -79,12 +83,16 @@ class RouterServer:
         inference = InferenceService(self.generation)
         admin = AdminService(config, model_id=model_id, pools=self.pools, control=control)
         self._public = self._make_public(inference)
+        self._http: HttpServer | None = None
+        if config.http_port is not None:
+            app = make_app(self.generation, self.metrics, max_body_bytes=config.max_message_bytes)
+            self._http = HttpServer(app, host=config.host, port=config.http_port, grace_s=STOP_GRACE_S)
         self._internal = self._access.server()
         self._internal.add_generic_rpc_handlers((service_handler(_ADMIN, admin),))
         control_pb2_grpc.add_ControlServicer_to_server(control, self._internal)  # type: ignore[no-untyped-call]
 
     async def start(self) -> None:
-        """Listen on both ports; OSError when one is taken."""
+        """Listen on all ports; OSError when one is taken."""
         config = self._config
         address = f"{config.host}:{config.port}"
         try:
@@ -96,6 +104,9 @@ class RouterServer:
         self.pools.on_change = self._on_change
         self._on_change()
         self._tasks = (asyncio.create_task(self._tell_health()), asyncio.create_task(self._evacuation.run()))
+        if self._http is not None:
+            await self._http.start()
+            self.http_port = self._http.port
         await self._internal.start()
         await self._public.start()
 
@@ -104,7 +115,10 @@ class RouterServer:
         if not self._tasks:
             return
         await self._health.enter_graceful_shutdown()
-        await self._public.stop(grace_s)
+        faces = [self._public.stop(grace_s)]
+        if self._http is not None:
+            faces.append(self._http.stop())
+        await asyncio.gather(*faces)
         await self.pools.close()
         await self._internal.stop(0)
         for task in self._tasks:

@@ -281,6 +281,8 @@ class FakeWorker:
             index=index,
             token_ids=(token_id,),
             finish_reason=FinishReason.LENGTH if is_last else None,
+            logprobs=_logprobs([token_id], request.params.logprobs),
+            prompt_logprobs=_logprobs(request.prompt_token_ids[1:], request.params.prompt_logprobs),
         )
         self.say(
             BlocksReady(
