@@ -145,6 +145,16 @@ class RadixTree(Generic[Key, Value]):
         items.reverse()
         return items
 
+    def runs(self) -> Iterator[tuple[Key | None, Sequence[Key]]]:
+        """Every run of keys without a branch, behind the last key of the run before it (None at the root).
+
+        A run comes before those behind it. The tree must not change meanwhile.
+        """
+        for node in self._walk():
+            if node.keys:
+                above = node.parent.keys if node.parent is not None else []
+                yield (above[-1] if above else None), node.keys
+
     def paths(self) -> Iterator[tuple[Key, ...]]:
         """Every path from the root to a leaf. The tree must not change meanwhile."""
         for node in self._walk():

@@ -131,7 +131,7 @@ class Delivery:
     def record(
         self, phase: Phase, route: Route | None, *, attempts: int, error: DuopoolError | None, traceparent: str
     ) -> RequestRecord:
-        """All that is known of the choice at its end."""
+        """All that is known of the choice, at its end or on the way."""
         now = self._clock()
         num_prompt_tokens = len(self._request.prompt_token_ids)
         ends = {Phase.DONE: self._finish_reason.value, Phase.CANCELLED: "abort"}
@@ -139,9 +139,9 @@ class Delivery:
             request_id=self._request.request_id,
             name=self._name,
             traceparent=traceparent,
-            ended_at=now,
+            at=now,
             phase=phase,
-            finish_reason=ends.get(phase, "error"),
+            finish_reason=ends.get(phase, "error") if phase.is_final else "",
             error="" if error is None else type(error).__name__,
             num_prompt_tokens=num_prompt_tokens,
             num_cached_tokens=min(self.num_cached_tokens, num_prompt_tokens),

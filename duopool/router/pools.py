@@ -39,8 +39,9 @@ from duopool.core.types import BlockKey, LeaseId, RequestId, Role
 from duopool.router.connection import Connect
 from duopool.router.load_table import LoadTable
 from duopool.router.policy import Candidate, Decision, choose, choose_decode
-from duopool.router.prefix_index import PrefixIndex
+from duopool.router.prefix_index import PrefixIndex, PrefixRun
 from duopool.router.session import Session, SessionState
+from duopool.router.watch import RequestRecord
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,10 @@ class Life(Protocol):
 
     def entry(self) -> RequestEntry:
         """Where the request stands, for an audit."""
+        ...
+
+    def record(self) -> RequestRecord:
+        """Its story so far."""
         ...
 
     def lease_on(self, member: Member) -> LeaseId | None:
@@ -222,7 +227,7 @@ class Pools:
         hits = self._index.num_hits(keys)
         block_size = self.namespace()[0]
         self._rotation += 1
-        return choose(
+        decision = choose(
             [
                 self._candidate(member, max(hits.get(member, 0), self.loads.num_expected(member, keys)) * block_size)
                 for member in self._eligible(Role.PREFILL, excluded, refused)
@@ -236,6 +241,14 @@ class Pools:
             local_prefill_max_tokens=self._config.handoff.local_prefill_max_tokens,
             rotation=self._rotation,
         )
+        if decision is not None:
+            route = decision.route
+            self._index.used(keys, max(hits.get(route.decode, 0), hits.get(route.prefill, 0) if route.prefill else 0))
+        return decision
+
+    def prefix_runs(self) -> list[PrefixRun]:
+        """The prefixes that workers hold, as a tree."""
+        return self._index.runs()
 
     def route_decode(
         self,

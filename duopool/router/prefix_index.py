@@ -6,12 +6,14 @@ with what was known before. The index is a hint: a worker that has evicted a blo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from duopool.core.handoff.request import Member
 from duopool.core.messages import KvChanged, KvSnapshot
 from duopool.core.radix_tree import RadixTree
-from duopool.core.types import BlockKey
+from duopool.core.types import BlockKey, WorkerId
 
 
 class _News:
@@ -26,12 +28,28 @@ class _News:
         """None while a snapshot is awaited."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixRun:
+    """Blocks that are cached one behind the other without a branch, as the live page shows them."""
+
+    key: BlockKey
+    """Of the last block; `parent` is that of another run."""
+    parent: BlockKey | None
+    num_blocks: int
+    num_hits: int
+    """Requests whose prefix was found up to somewhere in this run."""
+    holders: tuple[WorkerId, ...]
+    """Workers that hold its first block."""
+
+
 class PrefixIndex:
     """Block keys of all workers; the value at a key is a bit set of the workers that hold it."""
 
     def __init__(self) -> None:
         self._tree: RadixTree[BlockKey, int] = RadixTree()
         self._members: dict[Member, _News] = {}
+        self._num_hits: Counter[BlockKey] = Counter()
+        """By the deepest block that a routed request found."""
 
     def __len__(self) -> int:
         """Number of different keys."""
@@ -83,6 +101,25 @@ class PrefixIndex:
             hits[member] = low
         return hits
 
+    def used(self, keys: Sequence[BlockKey], num_hits: int) -> None:
+        """A request was routed to a worker that holds the first `num_hits` of its keys."""
+        if num_hits > 0 and keys[num_hits - 1] in self._tree:
+            self._num_hits[keys[num_hits - 1]] += 1
+
+    def runs(self) -> list[PrefixRun]:
+        """The whole tree, every run before those behind it."""
+        members = tuple(self._members.items())
+        return [
+            PrefixRun(
+                key=keys[-1],
+                parent=parent,
+                num_blocks=len(keys),
+                num_hits=sum(self._num_hits[key] for key in keys),
+                holders=tuple(member.worker_id for member, news in members if keys[0] in news.keys),
+            )
+            for parent, keys in self._tree.runs()
+        ]
+
     def keys_of(self, member: Member) -> frozenset[BlockKey]:
         """Everything a worker is known to hold."""
         news = self._members.get(member)
@@ -99,6 +136,7 @@ class PrefixIndex:
             before = self._tree.parent(key)
             assert before is None or holders & ~(self._tree.get(before) or 0) == 0
         assert all(key in self._tree for news in self._members.values() for key in news.keys)
+        assert all(key in self._tree for key in self._num_hits)
 
     def _follow(self, news: _News, event: KvChanged) -> bool:
         if not news.keys.issuperset(event.removed):
@@ -126,6 +164,7 @@ class PrefixIndex:
                 self._tree.replace(key, holders)
             elif self._tree.is_leaf(key):
                 self._tree.remove(key)
+                self._num_hits.pop(key, None)
             else:
                 news.keys.add(key)
                 return False

@@ -55,7 +55,7 @@ from duopool.router.route_search import RouteSearch, pinned_prefill
 from duopool.router.stage_times import StageTimes
 from duopool.router.text_stream import TextStream
 from duopool.router.tokenizer import Tokenizer
-from duopool.router.watch import NOBODY, Watch
+from duopool.router.watch import NOBODY, RequestRecord, Watch
 
 ROUTE_WAIT_S = 60.0
 """How long a request waits for a pool that has nobody."""
@@ -175,6 +175,16 @@ class RequestLife:
             decode=route.decode if route else None,
         )
 
+    def record(self) -> RequestRecord:
+        state = self._state
+        return self._delivery.record(
+            state.phase,
+            state.route,
+            attempts=state.attempt,
+            error=self._error,
+            traceparent=self._origin.traceparent,
+        )
+
     def lease_on(self, member: Member) -> LeaseId | None:
         state = self._state
         is_needed = state.ready and state.phase in (Phase.ADMITTED, Phase.PREFILLING, Phase.LEASED, Phase.READING)
@@ -234,15 +244,8 @@ class RequestLife:
         elif finish.phase is Phase.DONE:
             self._delivery.finish(self._state.route, attempts=self._state.attempt)
         self._delivery.close()
-        self._watch.ended(
-            self._delivery.record(
-                finish.phase,
-                self._state.route,
-                attempts=self._state.attempt,
-                error=error,
-                traceparent=self._origin.traceparent,
-            )
-        )
+        self._error = error
+        self._watch.ended(self.record())
 
     def _give_up(self) -> None:
         self.stop(Phase.FAILED, Unavailable("no worker pair became ready in time for this request"))

@@ -27,6 +27,7 @@ from duopool.router.generation import Generation
 from duopool.router.http.app import make_app
 from duopool.router.http.server import HttpServer
 from duopool.router.inference_service import InferenceService
+from duopool.router.live import LiveView
 from duopool.router.metrics import Metrics
 from duopool.router.pools import Pools
 from duopool.router.request_life import ROUTE_WAIT_S
@@ -69,6 +70,7 @@ class RouterServer:
         model_id = config.model.served_model_name or config.model.model
         control = ControlService(self.pools, command_timeout_s=command_timeout_s)
         self.metrics = Metrics(self.pools, model_id=model_id, prefix=config.metrics_prefix)
+        self.live = LiveView(self.pools, model_id=model_id, clock=clock)
         self.generation = Generation(
             config,
             model_id=model_id,
@@ -78,14 +80,14 @@ class RouterServer:
             random=random or Random(),
             clock=clock,
             route_wait_s=route_wait_s,
-            watch=Watches((self.metrics,)),
+            watch=Watches((self.metrics, self.live)),
         )
         inference = InferenceService(self.generation)
         admin = AdminService(config, model_id=model_id, pools=self.pools, control=control)
         self._public = self._make_public(inference)
         self._http: HttpServer | None = None
         if config.http_port is not None:
-            app = make_app(self.generation, self.metrics, max_body_bytes=config.max_message_bytes)
+            app = make_app(self.generation, self.metrics, self.live, max_body_bytes=config.max_message_bytes)
             self._http = HttpServer(app, host=config.host, port=config.http_port, grace_s=STOP_GRACE_S)
         self._internal = self._access.server()
         self._internal.add_generic_rpc_handlers((service_handler(_ADMIN, admin),))

@@ -17,18 +17,18 @@ from duopool.proto import inference_pb2 as pb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """One choice of one call, from its first route to its last message."""
+    """One choice of one call, as it stood at one moment; of an ended one, its whole story."""
 
     request_id: RequestId
     name: str
     """The request's id as the client sees it."""
     traceparent: str
     """W3C trace context of the caller; empty if it gave none."""
-    ended_at: float
-    """On the router's clock."""
+    at: float
+    """The moment, on the router's clock; of an ended one, its end."""
     phase: Phase
     finish_reason: str
-    """`stop` or `length` of a request that is done, else `abort` or `error`, as vLLM calls them."""
+    """`stop` or `length` of a request that is done, else `abort` or `error`; empty before the end."""
     error: str
     """Name of the error's type; empty when there was none."""
     num_prompt_tokens: int

@@ -9,12 +9,13 @@ from starlette.exceptions import HTTPException
 from duopool import __version__
 from duopool.core.errors import DuopoolError
 from duopool.router.generation import Generation
-from duopool.router.http import chat, completions, health, scrape, tokenise
+from duopool.router.http import chat, completions, health, live, scrape, tokenise
 from duopool.router.http.errors import answer_error, answer_http_error, answer_validation_error
+from duopool.router.live import LiveView
 from duopool.router.metrics import Metrics
 
 
-def make_app(generation: Generation, metrics: Metrics, *, max_body_bytes: int) -> FastAPI:
+def make_app(generation: Generation, metrics: Metrics, view: LiveView, *, max_body_bytes: int) -> FastAPI:
     """All routes; the document of the interface is at /openapi.json."""
     app = FastAPI(
         title="Duopool",
@@ -33,4 +34,5 @@ def make_app(generation: Generation, metrics: Metrics, *, max_body_bytes: int) -
     for part in (completions, chat, tokenise, health):
         app.include_router(part.routes(generation))
     app.include_router(scrape.routes(metrics))
+    app.include_router(live.routes(view))
     return app
