@@ -14,7 +14,9 @@ MAX_BODY_BYTES = 1 << 16
 
 
 def client_of(cluster: FakeCluster) -> httpx.AsyncClient:
-    app = make_app(cluster.router.generation, cluster.router.metrics, max_body_bytes=MAX_BODY_BYTES)
+    app = make_app(
+        cluster.router.generation, cluster.router.metrics, cluster.router.live, max_body_bytes=MAX_BODY_BYTES
+    )
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://router")
 
