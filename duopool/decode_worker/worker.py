@@ -105,7 +105,7 @@ class DecodeWorker:
                 case Reserve():
                     self._reserve(command, session, now=now)
                 case BlocksReady():
-                    self._blocks_ready(command)
+                    self._blocks_ready(command, session, now=now)
                 case Cancel():
                     self._cancel(command, now=now)
                 case SnapshotWanted():
@@ -224,9 +224,12 @@ class DecodeWorker:
         self._requests[request.request_id] = decode_request
         self._scheduler.add(decode_request)
 
-    def _blocks_ready(self, message: BlocksReady) -> None:
+    def _blocks_ready(self, message: BlocksReady, session: SessionId, *, now: float) -> None:
         request = self._requests.get(message.request_id)
-        if request is None or request.slot is None or request.attempt != message.attempt:
+        if request is None or request.attempt < message.attempt:
+            self._never_reserved(message, session, now=now)
+            return
+        if request.slot is None or request.attempt != message.attempt:
             return
         num_listed = message.first_block + len(message.blocks)
         if num_listed > self._manager.blocks_for(len(request.request.token_ids)):
@@ -235,6 +238,14 @@ class DecodeWorker:
         if request.has_begun:
             reach(Failpoint.RESERVED)
         self._do(request, self._handoffs.advance(request, slots.Listed(message)))
+
+    def _never_reserved(self, message: BlocksReady, session: SessionId, *, now: float) -> None:
+        """Blocks of an attempt that is unknown here: unless it is over, its Reserve went astray and must not come."""
+        request_id, attempt = message.request_id, message.attempt
+        if not self._arrivals.is_over(request_id, attempt):
+            detail = "blocks were listed for an attempt that was never reserved here"
+            self._outbox.refuse(session, request_id, attempt, NackReason.TRANSFER_FAILED, detail)
+            self._arrivals.bury(request_id, attempt, now=now)
 
     def _cancel(self, command: Cancel, *, now: float) -> None:
         request = self._requests.get(command.request_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -408,3 +410,32 @@ def test_a_prefill_worker_cannot_refuse_what_is_decoding() -> None:
     for member, nack in world.refusals:
         if member == p:
             assert transition(state, Heard(p, nack)) == (state, ())
+
+
+def test_a_gap_in_the_tokens_is_a_new_attempt() -> None:
+    """The worker will not say again what the wire lost: to wait for it would be to wait for ever."""
+    state, p, d, _ = leased()
+    state, actions = transition(state, Heard(d, tokens_of(1, 2)))
+    assert actions == (
+        Send(d, Cancel(request_id=REQUEST_ID, attempt=1)),
+        Send(p, Cancel(request_id=REQUEST_ID, attempt=1)),
+        NeedRoute(frozenset()),
+    )
+    assert state.output == (token_at(0),)
+    assert state.retries_left == MAX_RETRIES - 1
+
+
+def test_a_gap_in_the_listed_blocks_is_a_new_attempt() -> None:
+    world = World()
+    p, d = Member(WorkerId("p"), Incarnation(1)), Member(WorkerId("d"), Incarnation(2))
+    state, actions = transition(RequestState(request=REQUEST, retries_left=0), Routed(Route(prefill=p, decode=d)))
+    for action in actions:
+        assert isinstance(action, Send)
+        world.take(action.member, action.command)
+    late = [message for _, message in world.said if isinstance(message, BlocksReady)][1]
+    retrying, actions = transition(replace(state, retries_left=1), Heard(p, late))
+    assert retrying.phase is Phase.ADMITTED
+    assert isinstance(actions[-1], NeedRoute)
+    state, actions = transition(state, Heard(p, late))
+    assert state.phase is Phase.FAILED
+    assert isinstance(actions[-1], Finish)

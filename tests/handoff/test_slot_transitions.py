@@ -169,3 +169,12 @@ def test_more_blocks_than_were_reserved_are_refused() -> None:
     slot, actions = transition(slot, Listed(message))
     assert [type(action) for action in actions] == [Refuse, GiveBack]
     assert slot.phase is SlotPhase.GONE
+
+
+def test_a_gap_in_what_is_listed_ends_the_slot() -> None:
+    """The message in between was lost or is late; nobody will say it again in order."""
+    slot, _ = transition(Slot(attempt=1), Granted((BlockId(0), BlockId(1)), 0))
+    late = BlocksReady(request_id=RequestId("r"), attempt=1, lease=LEASE, first_block=1, blocks=(sealed(1),))
+    slot, actions = transition(slot, Listed(late))
+    assert [type(action) for action in actions] == [Refuse, GiveBack]
+    assert slot.phase is SlotPhase.GONE

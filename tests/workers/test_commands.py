@@ -93,6 +93,19 @@ def test_a_cancel_that_overtakes_its_request_still_counts() -> None:
     assert len(pair.streams["r0"]) == 2
 
 
+def test_blocks_listed_before_their_reservation_are_refused_and_the_late_reservation_is_nothing() -> None:
+    pair = make_pair()
+    request = pair.request("r0", [1] * 5, max_tokens=2, ignore_eos=True)
+    pair.to_prefill(Prefill(request=request, attempt=2))
+    while pair.step_prefill():
+        pass
+    assert [(nack.attempt, nack.reason) for nack in pair.nacks()] == [(2, NackReason.TRANSFER_FAILED)]
+    pair.to_decode(Reserve(request=request, attempt=2))
+    assert not pair.step_decode()
+    pair.cancel("r0", attempt=2)
+    pair.assert_nothing_is_held()
+
+
 def test_a_cancel_of_an_older_attempt_leaves_the_newer_one_alone() -> None:
     pair = make_pair()
     pair.send(pair.request("r0", [1] * 5, max_tokens=2, ignore_eos=True), attempt=2)
@@ -103,6 +116,7 @@ def test_a_cancel_of_an_older_attempt_leaves_the_newer_one_alone() -> None:
 
 def test_a_request_after_its_deadline_is_never_prefilled() -> None:
     pair = make_pair(prefill={"max_num_batched_tokens": 8})
+    pair.is_forwarding = False  # the decode worker has reserved nothing
     request = pair.request("late", [1] * 12, max_tokens=2)
     pair.to_prefill(Prefill(request=request, attempt=1, deadline_s=1.0))
     pair.to_prefill(Prefill(request=pair.request("long", [2] * 12, max_tokens=2), attempt=1, deadline_s=2.0))

@@ -142,6 +142,7 @@ def test_a_read_that_ended_too_late_is_not_used() -> None:
     while pair.step_prefill():
         pass
     pair.pass_time(6.0)  # the lease is over before anything was read
+    pair.is_forwarding = False  # of r1 the decode worker knows nothing
     pair.to_prefill(Prefill(request=pair.request("r1", [2] * 22, max_tokens=2, ignore_eos=True), attempt=1))
     while pair.step_prefill():
         pass

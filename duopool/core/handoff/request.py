@@ -125,6 +125,8 @@ def _heard(
             return replace(state, reserved=True, phase=phase), ()
         case Joined():
             return replace(state, phase=Phase.DECODING), ()
+        case Tokens(index=index) if index > len(state.output):
+            return _missed(state, f"tokens before index {index} never came")
         case Tokens():
             return _tokens(replace(state, phase=Phase.DECODING), message)
         case Nack():
@@ -135,8 +137,10 @@ def _heard(
 
 def _ready(state: RequestState, message: BlocksReady) -> Step:
     route = state.route
-    if route is None or state.phase is not Phase.PREFILLING or message.first_block != _num_ready_blocks(state):
+    if route is None or state.phase is not Phase.PREFILLING or message.first_block < _num_ready_blocks(state):
         return state, ()
+    if message.first_block > _num_ready_blocks(state):
+        return _missed(state, f"blocks before block {message.first_block} were never listed")
     state = replace(state, ready=(*state.ready, message))
     forward = Send(route.decode, message)
     if message.first_token is None:
@@ -172,6 +176,13 @@ def _nack(state: RequestState, member: Member, nack: Nack) -> Step:
     if nack.reason in (NackReason.LEASE_LOST, NackReason.TRANSFER_FAILED):
         return _again(state)
     return _elsewhere(replace(state, excluded=state.excluded | {member}), member)
+
+
+def _missed(state: RequestState, what: str) -> Step:
+    """The wire lost or reordered a message, and the worker will not say it again: only a new attempt goes on."""
+    if state.retries_left == 0:
+        return _end(state, Finish(Phase.FAILED, what))
+    return _again(replace(state, retries_left=state.retries_left - 1))
 
 
 def _lease_refused(state: RequestState, member: Member) -> Step:

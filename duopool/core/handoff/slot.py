@@ -144,9 +144,12 @@ def transition(slot: Slot, event: SlotEvent) -> SlotStep:
             )
             return _advance(slot)
         case Listed(message=message):
-            is_next = message.first_block == len(slot.sealed) and slot.first_token is None
-            if slot.phase is SlotPhase.QUARANTINED or not is_next:
+            is_old = message.first_block < len(slot.sealed) or slot.first_token is not None
+            if slot.phase is SlotPhase.QUARANTINED or is_old:
                 return slot, ()
+            if message.first_block > len(slot.sealed):
+                fault = f"blocks before block {message.first_block} were never listed"
+                return _drop(slot, Refuse(NackReason.TRANSFER_FAILED, fault))
             sealed = slot.sealed + message.blocks
             slot = replace(slot, lease=message.lease, sealed=sealed, first_token=message.first_token)
             return _advance(slot)

@@ -1,0 +1,307 @@
+"""A worker with the wires between it and the router: every step that touches nothing else.
+
+Wires keep their order unless a fault says otherwise. A message that is late, or there twice, may arrive at any time.
+A session that ends takes with it what is on its wires; whatever the worker holds for it falls silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import model_decode as decode
+import model_prefill as prefill
+from model_decode import DecodeSide
+from model_prefill import PrefillSide
+from model_setting import Setting
+
+from duopool.core.messages import BlocksReady, Cancel, Command, Event, Nack, NackReason, Prefill, Reserve, Validate
+from duopool.core.types import Incarnation, WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Station:
+    """One worker's place: the life that fills it, the life that the router knows, and what is on the way."""
+
+    incarnation: int = 1
+    known: int = 1
+    """The life that the router talks to."""
+    side: PrefillSide | DecodeSide
+    commands: tuple[Command, ...] = ()
+    events: tuple[Event, ...] = ()
+    late_commands: tuple[tuple[int, Command], ...] = ()
+    """With the life that they were sent to."""
+    late_events: tuple[tuple[int, Event], ...] = ()
+    late_questions: tuple[tuple[WorkerId, Validate], ...] = ()
+    """Validates that D does not wait for any more."""
+    is_broken: bool = False
+    """The session ended and the router has not noticed."""
+
+
+Move = tuple[str, int, Station]
+"""What happens, how many faults it takes, and what the station is then."""
+
+
+def new_station(worker_id: str) -> Station:
+    return Station(side=new_side(worker_id, 1))
+
+
+def new_side(worker_id: str, incarnation: int) -> PrefillSide | DecodeSide:
+    if worker_id.startswith("P"):
+        return PrefillSide(worker_id=WorkerId(worker_id), incarnation=Incarnation(incarnation))
+    return DecodeSide(worker_id=WorkerId(worker_id))
+
+
+def push(station: Station, member_incarnation: int, command: Command, setting: Setting) -> Station:
+    """The router sends a command; a session that is gone takes nothing."""
+    if station.is_broken:
+        return station
+    if member_incarnation != station.incarnation and setting.guards.incarnation_check:
+        return station
+    return replace(station, commands=(*station.commands, command))
+
+
+def crash(station: Station) -> Station:
+    """The worker dies and is started again, empty."""
+    incarnation = station.incarnation + 1
+    return replace(
+        station,
+        incarnation=incarnation,
+        side=new_side(station.side.worker_id, incarnation),
+        commands=(),
+        late_commands=tuple(one for one in station.late_commands if one[0] == incarnation),
+        late_questions=(),
+        is_broken=True,
+    )
+
+
+def lost(station: Station) -> Station:
+    """The router has noticed the end of the session and opened another, to whoever is there."""
+    return replace(station, known=station.incarnation, commands=(), events=(), is_broken=False)
+
+
+def moves(station: Station, setting: Setting) -> Iterator[Move]:
+    """All steps of a worker and its wires that need nobody else."""
+    yield from _deliveries(station, setting)
+    if isinstance(station.side, PrefillSide):
+        yield from _prefill_moves(station, station.side, setting)
+    else:
+        yield from _decode_moves(station, station.side, setting)
+    if "break" in setting.faults and not station.is_broken and station != new_station(station.side.worker_id):
+        yield f"the session with {station.side.worker_id} ends", 1, _broken(station)
+    if "crash" in setting.faults and station != new_station(station.side.worker_id):
+        yield f"{station.side.worker_id} dies and comes back empty", 1, crash(station)
+
+
+def _deliveries(station: Station, setting: Setting) -> Iterator[Move]:
+    name = station.side.worker_id
+    if station.commands:
+        command, rest = station.commands[0], station.commands[1:]
+        taken = replace(station, commands=rest)
+        late = tuple(sorted((*station.late_commands, (station.known, command)), key=repr))
+        yield f"{name} hears {show(command)}", 0, _hear(taken, command, setting)
+        if "double" in setting.faults:
+            yield (
+                f"{name} hears {show(command)}, which will come again",
+                1,
+                replace(_hear(taken, command, setting), late_commands=late),
+            )
+        if "delay" in setting.faults and rest:
+            yield f"{show(command)} to {name} is delayed", 1, replace(taken, late_commands=late)
+        if "busy" in setting.faults and isinstance(command, Prefill | Reserve):
+            yield f"{name} is too busy for {show(command)}", 1, _hear(taken, command, setting, busy=True)
+    for index, (incarnation, command) in enumerate(station.late_commands):
+        taken = replace(station, late_commands=station.late_commands[:index] + station.late_commands[index + 1 :])
+        if incarnation == station.incarnation or not setting.guards.incarnation_check:
+            yield f"{name} hears late {show(command)}", 0, _hear(taken, command, setting)
+        else:
+            yield f"late {show(command)} finds another life of {name}", 0, taken
+    if station.events:
+        event, rest_events = station.events[0], station.events[1:]
+        if "delay" in setting.faults and rest_events:
+            late_events = tuple(sorted((*station.late_events, (station.known, event)), key=repr))
+            yield (
+                f"{show(event)} from {name} is delayed",
+                1,
+                replace(station, events=rest_events, late_events=late_events),
+            )
+
+
+def _hear(station: Station, command: Command, setting: Setting, *, busy: bool = False) -> Station:
+    side = station.side
+    if isinstance(side, PrefillSide):
+        return _say(station, *prefill.hear(side, command, setting.guards, busy=busy))
+    return _say(station, *decode.hear(side, command, setting.guards, busy=busy))
+
+
+def _say(
+    station: Station, side: PrefillSide | DecodeSide, said: tuple[Event | Command, ...], *, is_silent: bool = False
+) -> Station:
+    if isinstance(side, PrefillSide):
+        prefill.check(side)
+    else:
+        decode.check(side)
+    if is_silent or station.is_broken:
+        said = ()
+    return replace(station, side=side, events=station.events + said)  # type: ignore[operator]
+
+
+def _broken(station: Station) -> Station:
+    side = station.side
+    side = prefill.fall_silent(side) if isinstance(side, PrefillSide) else decode.fall_silent(side)
+    return replace(station, side=side, commands=(), is_broken=True)
+
+
+def _prefill_moves(station: Station, side: PrefillSide, setting: Setting) -> Iterator[Move]:
+    table, name = side.current, side.worker_id
+    if table is None:
+        return
+    if table.phase == "filling" and table.is_silent:
+        # Steps that nobody hears of make no difference.
+        if setting.guards.orphan_ttl:
+            yield (
+                f"{name} gives attempt {table.attempt} up: its router is silent",
+                0,
+                _say(station, prefill.end(side), ()),
+            )
+    elif table.phase == "filling":
+        after, said = prefill.compute(side)
+        what = f"{name} computes block {table.num_listed} for attempt {table.attempt}"
+        yield what, 0, _say(station, after, said, is_silent=table.is_silent)
+    if table.phase == "leased" and not setting.guards.lease_pins:
+        yield (
+            f"{name} gives the leased blocks of attempt {table.attempt} to others",
+            0,
+            _say(station, prefill.unpin(side), ()),
+        )
+
+
+def expiry(station: Station, setting: Setting) -> Station | None:
+    """The station after its lease ran out; None if none stands."""
+    side = station.side
+    if not isinstance(side, PrefillSide) or not setting.guards.lease_ttl or side.current is None:
+        return None
+    if side.current.phase not in ("leased", "unpinned"):
+        return None
+    return _say(station, prefill.expire(side), ())
+
+
+def _decode_moves(station: Station, side: DecodeSide, setting: Setting) -> Iterator[Move]:
+    table, name, guards = side.current, side.worker_id, setting.guards
+    for one in side.reads:
+        if "read" in setting.faults:
+            after, said = decode.read_ended(side, one, "", "broken", guards)
+            yield f"a read of {name} breaks", 1, _say(station, after, said)
+            if not guards.digest:
+                after, said = decode.read_ended(side, one, "other", "", guards)
+                yield f"a page is damaged on its way to {name}", 1, _say(station, after, said)
+    if table is None:
+        return
+    if table.phase == "waiting":
+        after, said = decode.admit(side, guards)
+        yield (
+            f"{name} gives blocks to attempt {table.attempt}",
+            0,
+            _say(station, after, said, is_silent=table.is_silent),
+        )
+    if table.phase == "running" and not table.is_silent:
+        after, said = decode.decode(side)
+        yield f"{name} decodes attempt {table.attempt}", 0, _say(station, after, said, is_silent=table.is_silent)
+    if "validate" in setting.faults and table.question is not None and table.question_to is not None:
+        after, said = decode.take_verdict(side, decode.Verdict(ok=False, reason="timeout"), guards)
+        gone = _say(station, after, said, is_silent=table.is_silent)
+        question = (table.question_to, table.question)
+        yield f"{name} waits in vain for a verdict", 1, gone
+        yield (
+            f"{name} waits in vain for a verdict, its question is late",
+            1,
+            replace(gone, late_questions=(*gone.late_questions, question)),
+        )
+    if table.is_silent and guards.orphan_ttl:
+        after, said = decode.end(side, guards)
+        yield f"{name} gives attempt {table.attempt} up: its router is silent", 0, _say(station, after, ())
+
+
+def show(message: object) -> str:
+    """A message in a few words."""
+    name, attempt = type(message).__name__, getattr(message, "attempt", "?")
+    match message:
+        case Prefill(request=request) | Reserve(request=request) if request.output_token_ids:
+            return f"{name}(attempt {attempt}, {len(request.output_token_ids)} tokens out)"
+        case Cancel():
+            return f"Cancel(attempt {attempt})"
+        case _ if hasattr(message, "first_block"):
+            token = ", first token" if message.first_token is not None else ""
+            listed = f"block {message.first_block}" if message.blocks else "no block"
+            return f"BlocksReady(attempt {attempt}, {listed}{token})"
+        case _ if hasattr(message, "index"):
+            last = ", last" if message.finish_reason else ""
+            return f"Tokens(attempt {attempt}, index {message.index}{last})"
+        case _ if hasattr(message, "reason"):
+            return f"Nack(attempt {attempt}, {NackReason(message.reason).value})"
+        case _:
+            return f"{name}(attempt {attempt})"
+
+
+def tidy(station: Station, oldest: int, has_ended: bool, setting: Setting) -> Station:
+    """Without the messages that nobody will ever heed: they would only be looked at in every order."""
+    side, guards = station.side, setting.guards
+    if guards.attempt_fence and guards.end_is_final:
+
+        def is_noise(event: Event) -> bool:
+            if has_ended:
+                return isinstance(event, Nack) or getattr(event, "finish_reason", None) is not None
+            return event.attempt < oldest  # type: ignore[union-attr]
+
+        if any(is_noise(one) for one in station.events) or any(is_noise(one) for _, one in station.late_events):
+            station = replace(
+                station,
+                events=tuple(one for one in station.events if not is_noise(one)),
+                late_events=tuple(one for one in station.late_events if not is_noise(one[1])),
+            )
+    if guards.tombstones and guards.incarnation_check and station.late_commands:
+        kept = tuple(
+            one
+            for one in station.late_commands
+            if one[0] == station.incarnation and one[1].attempt > side.buried  # type: ignore[union-attr]
+        )
+        if kept != station.late_commands:
+            station = replace(station, late_commands=kept)
+    return station
+
+
+def sources(station: Station) -> set[WorkerId]:
+    """Prefill workers whose blocks or verdicts may still be asked for from here."""
+    side = station.side
+    if not isinstance(side, DecodeSide):
+        return set()
+    slots = [table.slot for table in (side.current, *side.ended) if table is not None and table.slot is not None]
+    commands = (*station.commands, *(command for _, command in station.late_commands))
+    leases = [
+        *(slot.lease for slot in slots),
+        *(one.read.lease for one in side.reads),
+        *(command.lease for command in commands if isinstance(command, BlocksReady)),
+    ]
+    return {lease.worker_id for lease in leases if lease is not None} | {name for name, _ in station.late_questions}
+
+
+def is_given_up(station: Station, horizon: int, has_ended: bool) -> bool:
+    """Whether all that is here belongs to attempts that the router has given up, which is on its way to be told."""
+    if station.is_broken:
+        return False
+    if has_ended:
+        return True
+    side = station.side
+    commands = (*station.commands, *(command for _, command in station.late_commands))
+    attempts = [one.attempt for one in commands]  # type: ignore[union-attr]
+    attempts += [table.attempt for table in (side.current, *side.ended) if table is not None]
+    is_unheard = not station.events and not station.late_events
+    return bool(station.commands) and is_unheard and all(attempt < horizon for attempt in attempts)
+
+
+def is_quiet(station: Station) -> bool:
+    """Nothing is held and nothing is on the way."""
+    side = station.side
+    holds = not (prefill.is_empty(side) if isinstance(side, PrefillSide) else decode.is_empty(side))
+    wires = station.commands or station.events or station.late_commands or station.late_events
+    return not (holds or wires or station.late_questions or station.is_broken)
