@@ -9,6 +9,7 @@ from duopool.proto import inference_pb2 as pb
 from duopool.proto.public_codec import chat_messages, num_choices, sampling_params
 from duopool.router.ask import Ask, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from duopool.router.generation import Generation
+from duopool.router.traces import TRACEPARENT
 
 
 class InferenceService:
@@ -25,6 +26,7 @@ class InferenceService:
             num_choices=num_choices(request.sampling),
             request_id=request.request_id,
             cache_salt=request.cache_salt,
+            traceparent=_traceparent(context),
             resume_from=tuple(request.resume_from.ids),
         )
         async with generation.open(ask, time_left_s=context.time_remaining()) as stream:
@@ -64,3 +66,7 @@ def _prompt(request: pb.GenerateRequest | pb.TokenizeRequest, *, add_special_tok
         case _:
             known = "text and chat" if isinstance(request, pb.TokenizeRequest) else "text, chat and token_ids"
             raise InvalidRequest("prompt", f"one of {known} must be set")
+
+
+def _traceparent(context: Any) -> str:
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == TRACEPARENT), "")

@@ -33,6 +33,7 @@ from duopool.router.pools import Pools
 from duopool.router.request_life import ROUTE_WAIT_S
 from duopool.router.rpc import service_handler
 from duopool.router.tokenizer import Tokenizer
+from duopool.router.traces import make_traces
 from duopool.router.watch import Watches
 
 NUM_TOKENIZER_THREADS = 2
@@ -70,6 +71,7 @@ class RouterServer:
         model_id = config.model.served_model_name or config.model.model
         control = ControlService(self.pools, command_timeout_s=command_timeout_s)
         self.metrics = Metrics(self.pools, model_id=model_id, prefix=config.metrics_prefix)
+        self._traces = make_traces()
         self.live = LiveView(self.pools, model_id=model_id, clock=clock)
         self.generation = Generation(
             config,
@@ -80,7 +82,7 @@ class RouterServer:
             random=random or Random(),
             clock=clock,
             route_wait_s=route_wait_s,
-            watch=Watches((self.metrics, self.live)),
+            watch=Watches([watch for watch in (self.metrics, self.live, self._traces) if watch is not None]),
         )
         inference = InferenceService(self.generation)
         admin = AdminService(config, model_id=model_id, pools=self.pools, control=control)
@@ -127,6 +129,8 @@ class RouterServer:
             task.cancel()
         self._tasks = ()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        if self._traces is not None:
+            self._traces.close()
 
     def _make_public(self, inference: InferenceService) -> grpc.aio.Server:
         server = grpc.aio.server(

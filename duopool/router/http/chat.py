@@ -19,6 +19,7 @@ from duopool.router.http.call import Call, responses
 from duopool.router.http.messages import ChatMessage, read_messages
 from duopool.router.http.sampling_fields import SamplingFields
 from duopool.router.http.usage import Usage, UsageCount
+from duopool.router.traces import TRACEPARENT
 
 
 class ChatRequest(SamplingFields):
@@ -103,6 +104,7 @@ def routes(generation: Generation) -> APIRouter:
             num_choices=body.num_choices,
             request_id=call.id,
             cache_salt=body.salt,
+            traceparent=request.headers.get(TRACEPARENT, ""),
         )
         return await answer(request, generation, ask, ChatReply(body, call), is_stream=bool(body.stream))
 

@@ -19,6 +19,7 @@ from duopool.router.http.call import Call, responses
 from duopool.router.http.sampling_fields import SamplingFields
 from duopool.router.http.usage import Usage, UsageCount
 from duopool.router.tokenizer import Tokenizer
+from duopool.router.traces import TRACEPARENT
 
 MAX_TOKEN_ID = 2**32 - 1
 
@@ -98,6 +99,7 @@ def routes(generation: Generation) -> APIRouter:
             num_choices=body.num_choices,
             request_id=call.id,
             cache_salt=body.salt,
+            traceparent=request.headers.get(TRACEPARENT, ""),
         )
         reply = CompletionReply(body, ask.prompts, call, generation.tokenizer, is_silent=is_silent)
         return await answer(request, generation, ask, reply, is_stream=bool(body.stream))
