@@ -15,15 +15,13 @@ from typing import Any, Self
 import grpc
 
 from duopool.proto import inference_pb2 as pb
+from duopool.proto.client_access import ClientAccess
 from duopool.proto.inference_pb2_grpc import InferenceStub
 from duopool.proto.status import StatusDetails, read_status
 
 StreamEvent = pb.Started | pb.TokenChunk | pb.Finished
 MAX_RESUMES = 5
 FIRST_BACKOFF_S = 0.1
-MAX_MESSAGE_BYTES = 64 << 20
-_INFERENCE: Any = InferenceStub
-_OPTIONS = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),)
 
 
 class CallFailed(Exception):
@@ -46,6 +44,10 @@ class ServerUnavailable(CallFailed):
     """Nobody could serve the call, also not at the other addresses."""
 
 
+class NotAuthenticated(CallFailed):
+    """The API key is missing or unknown."""
+
+
 class DeadlineExceeded(CallFailed):
     """The timeout passed first."""
 
@@ -53,6 +55,7 @@ class DeadlineExceeded(CallFailed):
 _FAILURES = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestRefused,
     grpc.StatusCode.NOT_FOUND: RequestRefused,
+    grpc.StatusCode.UNAUTHENTICATED: NotAuthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ServerBusy,
     grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -87,10 +90,14 @@ def generate_request(
 
 
 class Client:
-    """Blocking calls. `addresses` is one HOST:PORT or several, tried in turn when one is unavailable."""
+    """Blocking calls. `addresses` is one HOST:PORT or several, tried in turn when one is unavailable.
 
-    def __init__(self, addresses: str | Sequence[str]) -> None:
-        self._channels = [grpc.insecure_channel(address, options=_OPTIONS) for address in _listed(addresses)]
+    `access` holds API key and TLS files; without it the environment is asked (DUOPOOL_API_KEY, DUOPOOL_TLS_CA).
+    """
+
+    def __init__(self, addresses: str | Sequence[str], *, access: ClientAccess | None = None) -> None:
+        self._access = access or ClientAccess.from_environment()
+        self._channels = [self._access.channel(address) for address in _listed(addresses)]
 
     def __enter__(self) -> Self:
         return self
@@ -108,7 +115,7 @@ class Client:
         """Started, then token chunks as they come, then Finished; `fields` as in `generate_request`."""
         stream = _Stream(generate_request(prompt, **fields), timeout_s)
         while True:
-            stub = _INFERENCE(self._channels[stream.num_attempts % len(self._channels)])
+            stub = self._access.stub(InferenceStub, self._channels[stream.num_attempts % len(self._channels)])
             call = stub.Generate(stream.next_request(), timeout=stream.time_left_s())
             try:
                 for response in call:
@@ -132,7 +139,7 @@ class Client:
     def _call(self, stub: Any, method: str, request: Any) -> Any:
         for channel in self._channels:
             try:
-                return getattr(stub(channel), method)(request)
+                return getattr(self._access.stub(stub, channel), method)(request)
             except grpc.RpcError as error:
                 failure = failure_of(error)
                 if not isinstance(failure, ServerUnavailable) or channel is self._channels[-1]:
@@ -143,8 +150,9 @@ class Client:
 class AsyncClient:
     """The same calls for asyncio."""
 
-    def __init__(self, addresses: str | Sequence[str]) -> None:
-        self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for address in _listed(addresses)]
+    def __init__(self, addresses: str | Sequence[str], *, access: ClientAccess | None = None) -> None:
+        self._access = access or ClientAccess.from_environment()
+        self._channels = [self._access.aio_channel(address) for address in _listed(addresses)]
 
     async def __aenter__(self) -> Self:
         return self
@@ -162,7 +170,7 @@ class AsyncClient:
         """Started, then token chunks as they come, then Finished; `fields` as in `generate_request`."""
         stream = _Stream(generate_request(prompt, **fields), timeout_s)
         while True:
-            stub = _INFERENCE(self._channels[stream.num_attempts % len(self._channels)])
+            stub = self._access.stub(InferenceStub, self._channels[stream.num_attempts % len(self._channels)])
             call = stub.Generate(stream.next_request(), timeout=stream.time_left_s())
             try:
                 async for response in call:
@@ -190,7 +198,7 @@ class AsyncClient:
     async def _call(self, stub: Any, method: str, request: Any) -> Any:
         for channel in self._channels:
             try:
-                return await getattr(stub(channel), method)(request)
+                return await getattr(self._access.stub(stub, channel), method)(request)
             except grpc.RpcError as error:
                 failure = failure_of(error)
                 if not isinstance(failure, ServerUnavailable) or channel is self._channels[-1]:

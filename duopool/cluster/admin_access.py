@@ -70,7 +70,7 @@ def withdraw(port: int) -> None:
 @contextmanager
 def admin_stub(address: str) -> Iterator[Any]:
     """Blocking `Admin` calls to the router at this host:port. Raises Unauthenticated without a credential."""
-    record = _find(address) or RouterRecord(
+    record = find(address) or RouterRecord(
         internal_address=address, internal=InternalConfig(credential_file=str(default_credential_file()))
     )
     access = InternalAccess.load(record.internal)
@@ -78,7 +78,8 @@ def admin_stub(address: str) -> Iterator[Any]:
         yield access.stub(inference_pb2_grpc.AdminStub, channel)
 
 
-def _find(address: str) -> RouterRecord | None:
+def find(address: str) -> RouterRecord | None:
+    """The record of the router with this public address, if it runs on this machine."""
     host, _, port = address.rpartition(":")
     if host not in (*_LOCAL_HOSTS, socket.gethostname()) or not port.isdecimal():
         return None

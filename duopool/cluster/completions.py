@@ -15,9 +15,8 @@ import grpc
 
 from duopool.proto import inference_pb2 as pb
 from duopool.proto import inference_pb2_grpc
+from duopool.proto.client_access import ClientAccess
 from duopool.proto.status import StatusDetails, read_status
-
-GRPC_OPTIONS = (("grpc.max_send_message_length", 64 << 20), ("grpc.max_receive_message_length", 64 << 20))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,8 +58,9 @@ async def complete_all(
     address: str, requests: Sequence[pb.GenerateRequest], *, on_update: OnUpdate | None = None
 ) -> list[Completion]:
     """Send all requests at once; one record each, in order. Errors are kept in the records, never raised."""
-    async with grpc.aio.insecure_channel(address, options=GRPC_OPTIONS) as channel:
-        stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+    access = ClientAccess.from_environment()
+    async with access.aio_channel(address) as channel:
+        stub = access.stub(inference_pb2_grpc.InferenceStub, channel)
         await _reach(channel)
         records = [Completion(request=request) for request in requests]
         await asyncio.gather(*(_complete(stub, record, at, on_update) for at, record in enumerate(records)))

@@ -11,6 +11,7 @@ from duopool.core.config import (
     ModelConfig,
     RouterConfig,
     SchedulerConfig,
+    TlsFiles,
     WorkerConfig,
 )
 from duopool.core.types import Role, WorkerId
@@ -56,6 +57,8 @@ class ClusterConfig(BaseModel):
     http_port: int | None = Field(default=0, ge=0, le=65535)
     """Port of the OpenAI-compatible HTTP face; 0 lets the system choose, None means no such face."""
     metrics_prefix: str = RouterConfig().metrics_prefix
+    tls: TlsFiles | None = None
+    api_keys_file: str | None = None
     internal_host: str = "127.0.0.1"
     internal_port: int = Field(default=0, ge=0, le=65535)
     ray_address: str | None = None
@@ -95,6 +98,8 @@ class ClusterConfig(BaseModel):
             block_size=self.cache.block_size,
             metrics_prefix=self.metrics_prefix,
             internal=self.internal,
+            tls=self.tls,
+            api_keys_file=self.api_keys_file,
             internal_host=self.internal_host,
             internal_port=self.internal_port,
         )

@@ -47,6 +47,18 @@ def serve(
     http_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the HTTP interface; 0 lets the system choose.")
     ] = 8000,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of mode 0600 with 'TENANT KEY' lines: clients must show a key, tenants share no cached prefix. "
+            "DUOPOOL_API_KEYS may hold the lines instead."
+        ),
+    ] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM certificate of the public ports.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its PEM key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM authority that must have signed the certificates of clients.")
+    ] = None,
     internal_host: Annotated[
         str, typer.Option(help="Address for operators' commands (status, scale, drain); they need the credential.")
     ] = "127.0.0.1",
@@ -116,13 +128,15 @@ def serve(
             scheduler=SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs),
             handoff=HandoffConfig(transport=transport.value),
             internal=InternalConfig(
-                credential_file=None if credential_file is None else str(credential_file),
-                tls=tls_files(internal_tls_certificate, internal_tls_key, internal_tls_ca),
+                credential_file=_path(credential_file),
+                tls=_tls_files(internal_tls_certificate, internal_tls_key, internal_tls_ca),
             ),
             host=host,
             port=port,
             http_port=http_port if http else None,
             metrics_prefix=metrics_prefix,
+            api_keys_file=_path(api_keys_file),
+            tls=_tls_files(tls_certificate, tls_key, tls_client_ca),
             internal_host=internal_host,
             internal_port=internal_port,
             ray_address=ray_address,
@@ -138,11 +152,15 @@ def serve(
         _run(wanted)
 
 
-def tls_files(certificate: Path | None, key: Path | None, ca: Path | None) -> TlsFiles | None:
+def _path(path: Path | None) -> str | None:
+    """Absolute: the router is another process, workers may be on other hosts."""
+    return None if path is None else str(path.expanduser().absolute())
+
+
+def _tls_files(certificate: Path | None, key: Path | None, ca: Path | None) -> TlsFiles | None:
     """The files of one face, or None without any; pydantic names what is missing."""
-    named = {"certificate": certificate, "key": key, "ca": ca}
-    given = {name: str(path.expanduser().absolute()) for name, path in named.items() if path is not None}
-    return TlsFiles.model_validate(given) if given else None
+    named = {"certificate": _path(certificate), "key": _path(key), "ca": _path(ca)}
+    return TlsFiles.model_validate(named) if any(named.values()) else None
 
 
 def _run(config: ClusterConfig) -> None:

@@ -115,6 +115,10 @@ class RouterConfig(_Config):
     """For clients."""
     http_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of the OpenAI-compatible HTTP face; 0 lets the system choose, None means no such face."""
+    tls: TlsFiles | None = None
+    """Of the public ports; with `ca` clients must show a certificate that it signed."""
+    api_keys_file: str | None = None
+    """`TENANT KEY` a line; the environment variable DUOPOOL_API_KEYS comes first. Without keys none is asked for."""
     internal_host: str = "127.0.0.1"
     internal_port: int = Field(default=0, ge=0, le=65535)
     """For the supervisor and operators; 0 lets the system choose."""

@@ -6,11 +6,9 @@ server refuses a call before it reads any message of it. Making the credential's
 
 from __future__ import annotations
 
-import hmac
 import os
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,14 +17,13 @@ import grpc
 from duopool.core.config import InternalConfig
 from duopool.core.errors import Unauthenticated
 from duopool.proto import codec
+from duopool.proto.bearer import HEADER, Guard, Metadata, ShownStub, bearer, digest_of, find_secret, shown_secret
 from duopool.proto.secret_files import read_secret
-from duopool.proto.status import grpc_status
 
 CREDENTIAL_VARIABLE = "DUOPOOL_CREDENTIAL"
 MIN_CREDENTIAL_CHARS = 16
 TLS_NAME = "duopool.internal"
 """The name that internal certificates are for: one certificate serves every host, whatever its address."""
-_HEADER = "authorization"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +37,8 @@ class _Pem:
 class InternalAccess:
     """The credential and certificates of one process."""
 
-    credential: str
-    pem: _Pem | None = None
+    credential: str = field(repr=False)
+    pem: _Pem | None = field(default=None, repr=False)
 
     @classmethod
     def load(cls, config: InternalConfig, environment: Mapping[str, str] = os.environ) -> Self:
@@ -58,13 +55,13 @@ class InternalAccess:
         return cls(credential=credential, pem=_read_pem(config))
 
     @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
+    def metadata(self) -> Metadata:
         """What every internal call shows."""
-        return ((_HEADER, f"Bearer {self.credential}"),)
+        return bearer(self.credential)
 
     def stub(self, stub: Any, channel: Any) -> Any:
         """`stub` on `channel`, its methods showing the credential."""
-        return _Shown(stub(channel), self.metadata)
+        return ShownStub(stub(channel), self.metadata)
 
     # ---- client side -----------------------------------------------------------------------------------------------
 
@@ -90,7 +87,8 @@ class InternalAccess:
 
     def server(self) -> grpc.aio.Server:
         """A server that refuses every call without the credential; give it ports with `add_port`."""
-        return grpc.aio.server(options=codec.INTERNAL_CHANNEL_OPTIONS, interceptors=(_Guard(self.admits),))
+        guard = Guard(lambda _, metadata: self.admits(metadata), "internal calls need the cluster credential")
+        return grpc.aio.server(options=codec.INTERNAL_CHANNEL_OPTIONS, interceptors=(guard,))
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Have `server` listen at host:port; returns the port. RuntimeError if it cannot."""
@@ -101,42 +99,12 @@ class InternalAccess:
         return int(server.add_secure_port(address, credentials))
 
     def admits(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether a call shows the credential; takes the same time for every wrong one."""
-        shown = metadata.get(_HEADER, "")
-        return isinstance(shown, str) and hmac.compare_digest(
-            shown.encode(errors="replace"), f"Bearer {self.credential}".encode()
-        )
+        """Whether a call shows the credential."""
+        known = ((digest_of(self.credential), "cluster"),)
+        return find_secret(shown_secret(metadata.get(HEADER)), known) is not None
 
 
 _TLS_OPTIONS = (*codec.INTERNAL_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", TLS_NAME))
-
-
-class _Shown:
-    """A stub whose methods carry metadata."""
-
-    def __init__(self, stub: Any, metadata: tuple[tuple[str, str], ...]) -> None:
-        self._stub = stub
-        self._metadata = metadata
-
-    def __getattr__(self, name: str) -> Any:
-        return partial(getattr(self._stub, name), metadata=self._metadata)
-
-
-class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Lets calls through whose metadata is admitted; an unknown method is refused like all others."""
-
-    def __init__(self, admits: Callable[[Mapping[str, Any]], bool]) -> None:
-        self._admits = admits
-        self._refusal = grpc.stream_stream_rpc_method_handler(_refuse)
-
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        if self._admits(dict(details.invocation_metadata or ())):
-            return await continuation(details)
-        return self._refusal
-
-
-async def _refuse(requests: Any, context: Any) -> None:
-    await context.abort_with_status(grpc_status(Unauthenticated("internal calls need the cluster credential")))
 
 
 def _read_pem(config: InternalConfig) -> _Pem | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from duopool.core.sampling_params import SamplingParams
+from duopool.router.public_access import Tenant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 class Ask:
     """One call: every prompt gets `num_choices` outputs."""
 
+    tenant: Tenant
     prompts: tuple[Prompt, ...]
     params: SamplingParams
     model: str = ""

@@ -202,7 +202,7 @@ class Generation:
             prompt_token_ids=prompt_token_ids,
             output_token_ids=ask.resume_from,
             params=params,
-            cache_salt=ask.cache_salt,
+            cache_salt=ask.tenant.salt(ask.cache_salt),
         )
         return RequestLife(
             RequestState(request=generation, output=ask.resume_from, retries_left=self._config.handoff.max_retries),

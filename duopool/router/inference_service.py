@@ -6,20 +6,24 @@ from typing import Any
 
 from duopool.core.errors import InvalidRequest
 from duopool.proto import inference_pb2 as pb
+from duopool.proto.bearer import HEADER
 from duopool.proto.public_codec import chat_messages, num_choices, sampling_params
 from duopool.router.ask import Ask, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from duopool.router.generation import Generation
 from duopool.router.traces import TRACEPARENT
+from duopool.router.public_access import PublicAccess
 
 
 class InferenceService:
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, access: PublicAccess) -> None:
         self._generation = generation
+        self._access = access
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         generation = self._generation
         generation.check_model(request.model)
         ask = Ask(
+            tenant=self._access.tenant(dict(context.invocation_metadata() or ()).get(HEADER)),
             model=request.model,
             prompts=(_prompt(request),),
             params=sampling_params(request.sampling, seed=generation.draw_seed()),

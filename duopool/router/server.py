@@ -30,6 +30,7 @@ from duopool.router.inference_service import InferenceService
 from duopool.router.live import LiveView
 from duopool.router.metrics import Metrics
 from duopool.router.pools import Pools
+from duopool.router.public_access import PublicAccess
 from duopool.router.request_life import ROUTE_WAIT_S
 from duopool.router.rpc import service_handler
 from duopool.router.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ class RouterServer:
         self.http_port = 0
         """0 without an HTTP face."""
         self.internal_port = 0
+        self._public_access = PublicAccess.load(config)
         self._access = InternalAccess.load(config.internal)
         self.pools = Pools(config, connect=connector(self._access), clock=clock)
         self._executor = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
@@ -84,7 +86,7 @@ class RouterServer:
             route_wait_s=route_wait_s,
             watch=Watches([watch for watch in (self.metrics, self.live, self._traces) if watch is not None]),
         )
-        inference = InferenceService(self.generation)
+        inference = InferenceService(self.generation, self._public_access)
         admin = AdminService(config, model_id=model_id, pools=self.pools, control=control)
         self._public = self._make_public(inference)
         self._http: HttpServer | None = None
@@ -100,7 +102,7 @@ class RouterServer:
         config = self._config
         address = f"{config.host}:{config.port}"
         try:
-            self.port = self._public.add_insecure_port(address)
+            self.port = self._public_access.add_port(self._public, address)
             address = f"{config.internal_host}:{config.internal_port}"
             self.internal_port = self._access.add_port(self._internal, address)
         except RuntimeError as error:
@@ -134,13 +136,14 @@ class RouterServer:
 
     def _make_public(self, inference: InferenceService) -> grpc.aio.Server:
         server = grpc.aio.server(
+            interceptors=(self._public_access.guard((_INFERENCE.full_name,)),),
             options=(
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 # A client whose machine vanished is noticed although nothing arrives from it.
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
-            )
+            ),
         )
         server.add_generic_rpc_handlers((service_handler(_INFERENCE, inference),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
