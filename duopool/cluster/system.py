@@ -102,7 +102,8 @@ class System:
     def http_url(self) -> str | None:
         """Where clients on this machine reach the HTTP face; None if there is none."""
         assert self._listening is not None
-        return f"http://{self._host}:{self._listening.http_port}" if self._listening.http_port else None
+        scheme = "http" if self._config.tls is None else "https"
+        return f"{scheme}://{self._host}:{self._listening.http_port}" if self._listening.http_port else None
 
     @property
     def _host(self) -> str:

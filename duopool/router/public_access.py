@@ -61,9 +61,13 @@ class PublicAccess:
             raise InvalidRequest("api_keys", "keys are wanted, but there is no key")
         return cls(digests=digests, tls=config.tls)
 
+    @property
+    def asks_for_keys(self) -> bool:
+        return bool(self.digests)
+
     def tenant(self, authorization: object) -> Tenant:
         """Whose key this value of the `authorization` header shows. Raises Unauthenticated."""
-        if not self.digests:
+        if not self.asks_for_keys:
             return ANONYMOUS
         name = find_secret(shown_secret(authorization), self.digests)
         if name is None:

@@ -25,6 +25,7 @@ from duopool.router.control_service import COMMAND_TIMEOUT_S, ControlService
 from duopool.router.evacuation import Evacuation
 from duopool.router.generation import Generation
 from duopool.router.http.app import make_app
+from duopool.router.http.gate import Gate
 from duopool.router.http.server import HttpServer
 from duopool.router.inference_service import InferenceService
 from duopool.router.live import LiveView
@@ -92,7 +93,8 @@ class RouterServer:
         self._http: HttpServer | None = None
         if config.http_port is not None:
             app = make_app(self.generation, self.metrics, self.live, max_body_bytes=config.max_message_bytes)
-            self._http = HttpServer(app, host=config.host, port=config.http_port, grace_s=STOP_GRACE_S)
+            gate = Gate(app, public=self._public_access, internal=self._access)
+            self._http = HttpServer(gate, host=config.host, port=config.http_port, tls=config.tls, grace_s=STOP_GRACE_S)
         self._internal = self._access.server()
         self._internal.add_generic_rpc_handlers((service_handler(_ADMIN, admin),))
         control_pb2_grpc.add_ControlServicer_to_server(control, self._internal)  # type: ignore[no-untyped-call]

@@ -9,6 +9,8 @@ import httpx
 from router_fakes import FakeCluster
 
 from duopool.router.http.app import make_app
+from duopool.router.http.gate import Gate
+from duopool.router.public_access import PublicAccess
 
 MAX_BODY_BYTES = 1 << 16
 
@@ -17,7 +19,8 @@ def client_of(cluster: FakeCluster) -> httpx.AsyncClient:
     app = make_app(
         cluster.router.generation, cluster.router.metrics, cluster.router.live, max_body_bytes=MAX_BODY_BYTES
     )
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    gate = Gate(app, public=PublicAccess.load(cluster.config), internal=cluster.access)
+    transport = httpx.ASGITransport(app=gate, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://router")
 
 

@@ -41,6 +41,7 @@ def responses(answer: Any, *, is_stream: bool = True) -> dict[int | str, dict[st
         whole["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     told = {
         400: "A field is wrong; `param` names it",
+        401: "The API key is missing or unknown",
         404: "The model is not served",
         413: "The body is too large",
         429: "Too much is under way; `Retry-After` says how long to wait",

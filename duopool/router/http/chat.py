@@ -97,6 +97,7 @@ def routes(generation: Generation) -> APIRouter:
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         more = {} if max_tokens is None else {"max_tokens": max_tokens}
         ask = Ask(
+            tenant=request.state.tenant,
             model=body.model or "",
             prompts=(ChatPrompt(messages=read_messages(body.messages), field="messages"),),
             params=body.sampling(seed=generation.draw_seed(), logprobs=body.num_logprobs, **more),

@@ -93,6 +93,7 @@ def routes(generation: Generation) -> APIRouter:
             more["prompt_logprobs"] = body.logprobs
         call = Call.of(request, body, generation, prefix="cmpl")
         ask = Ask(
+            tenant=request.state.tenant,
             model=body.model or "",
             prompts=body.prompts(),
             params=body.sampling(seed=generation.draw_seed(), logprobs=body.logprobs, **more),

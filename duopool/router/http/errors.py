@@ -25,6 +25,7 @@ from duopool.core.errors import (
     PromptTooLong,
     SlowReader,
     TransferFailed,
+    Unauthenticated,
     Unavailable,
     WorkerLost,
 )
@@ -59,6 +60,7 @@ _INVALID = "invalid_request_error"
 _KINDS: dict[type[Exception], _Kind] = {
     InvalidRequest: _Kind(HTTPStatus.BAD_REQUEST, _INVALID),
     PromptTooLong: _Kind(HTTPStatus.BAD_REQUEST, _INVALID, "context_length_exceeded"),
+    Unauthenticated: _Kind(HTTPStatus.UNAUTHORIZED, _INVALID, "invalid_api_key"),
     ModelNotFound: _Kind(HTTPStatus.NOT_FOUND, _INVALID, "model_not_found", "model"),
     Overloaded: _Kind(HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_error", "overloaded"),
     OutOfBlocks: _Kind(HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_error", "overloaded"),
@@ -88,6 +90,11 @@ async def answer_error(_: Request, error: Exception) -> JSONResponse:
         # The header takes whole seconds.
         headers["Retry-After"] = str(max(1, math.ceil(getattr(error, "retry_after_s", RETRY_AFTER_S))))
     return JSONResponse(error_body(error), kind.status, headers)
+
+
+def answer_unauthenticated(error: Unauthenticated) -> JSONResponse:
+    """The answer of a call that shows no key, or a wrong one."""
+    return JSONResponse(error_body(error), HTTPStatus.UNAUTHORIZED, {"WWW-Authenticate": "Bearer"})
 
 
 async def answer_validation_error(_: Request, error: Exception) -> JSONResponse:

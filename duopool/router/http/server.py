@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from duopool.core.config import TlsFiles
 
 KEEP_ALIVE_S = 75
 BACKLOG = 1024
@@ -17,7 +20,7 @@ BACKLOG = 1024
 class HttpServer:
     """Listens from `start` until `stop`."""
 
-    def __init__(self, app: ASGIApp, *, host: str, port: int, grace_s: float) -> None:
+    def __init__(self, app: ASGIApp, *, host: str, port: int, tls: TlsFiles | None, grace_s: float) -> None:
         self._host = host
         self._wanted_port = port
         self._task: asyncio.Task[None] | None = None
@@ -33,6 +36,10 @@ class HttpServer:
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, round(grace_s)),
+                ssl_certfile=None if tls is None else tls.certificate,
+                ssl_keyfile=None if tls is None else tls.key,
+                ssl_ca_certs=None if tls is None else tls.ca,
+                ssl_cert_reqs=ssl.CERT_NONE if tls is None or tls.ca is None else ssl.CERT_REQUIRED,
             )
         )
         self.port = 0
