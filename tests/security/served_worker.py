@@ -45,9 +45,7 @@ class ServedPrefill:
         )
         self.errors: list[Exception] = []
         self.steps = StepLoop(self.worker, flush=lambda: self.service.flush(), on_fatal=self.errors.append)
-        self.service = WorkerService(
-            self.worker, incarnation=INCARNATION, heartbeat_s=0.1, on_commands=self.steps.wake
-        )
+        self.service = WorkerService(self.worker, incarnation=INCARNATION, heartbeat_s=0.1, on_commands=self.steps.wake)
 
         def add_services(server: Any) -> None:
             self.service.add_to(server)
