@@ -10,8 +10,8 @@ from duopool.proto.bearer import HEADER
 from duopool.proto.public_codec import chat_messages, num_choices, sampling_params
 from duopool.router.ask import Ask, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from duopool.router.generation import Generation
-from duopool.router.traces import TRACEPARENT
 from duopool.router.public_access import PublicAccess
+from duopool.router.traces import TRACEPARENT
 
 
 class InferenceService:
