@@ -9,11 +9,13 @@ from duopool.cluster import (
     admin_commands,
     audit_command,
     bench_command,
+    chat_command,
     config_command,
     demo_command,
     doctor_command,
     generate_command,
     serve_command,
+    top_command,
 )
 from duopool.cluster.chaos import command as chaos_command
 from duopool.cluster.settings import CONTEXT_SETTINGS
@@ -34,6 +36,8 @@ app.command("drain")(admin_commands.drain)
 app.command("audit")(audit_command.audit)
 app.command("demo")(demo_command.demo)
 app.command("bench")(bench_command.bench)
+app.command("chat")(chat_command.chat)
+app.command("top")(top_command.top)
 app.command("doctor")(doctor_command.doctor)
 app.command("chaos")(chaos_command.chaos)
 app.add_typer(config_command.app, name="config")
