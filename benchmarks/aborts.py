@@ -22,17 +22,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import grpc
 from abort_storm import Storm
 from tiny_model import make_tiny_model
 
+from duopool.cluster.admin_access import admin_stub
 from duopool.cluster.config import ClusterConfig
 from duopool.cluster.system import System
 from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig
 from duopool.proto import inference_pb2 as pb
-from duopool.proto import inference_pb2_grpc
 
 ORPHAN_LIMIT_S = 8.0
 """The same after a router was killed: leases and orphans end by time."""
@@ -47,13 +46,17 @@ class Failed(Exception):
 class Auditor:
     """Asks one router for audits."""
 
-    def __init__(self, channel: Any) -> None:
-        self._admin = inference_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+    def __init__(self, address: str) -> None:
+        self._address = address
         self.num_audits = 0
 
     async def audit(self, *, at_rest: bool = False) -> pb.AuditResponse:
         self.num_audits += 1
-        return await self._admin.Audit(pb.AuditRequest(at_rest=at_rest), timeout=20)
+        return await asyncio.to_thread(self._audit, pb.AuditRequest(at_rest=at_rest))
+
+    def _audit(self, request: pb.AuditRequest) -> pb.AuditResponse:
+        with admin_stub(self._address) as admin:
+            return admin.Audit(request, timeout=20)
 
     async def wait_for_rest(self, limit_s: float) -> float:
         """Seconds until nothing is held; Failed past the limit."""
@@ -88,25 +91,24 @@ class Auditor:
 
 async def run(address: str, arguments: argparse.Namespace) -> None:
     storm = Storm(address, Random(arguments.seed), max_prompt=arguments.max_prompt, max_tokens=arguments.max_tokens)
-    async with grpc.aio.insecure_channel(address) as channel:
-        auditor = Auditor(channel)
-        typical_s = await storm.learn(arguments.concurrency)
-        print(f"{arguments.concurrency} requests at once take {typical_s:.2f} s")
-        for turn in range(arguments.router_kills):
-            await kill_router(storm, auditor, arguments.concurrency, typical_s)
-            print(f"router killed {turn + 1} times, {storm.tally.num_aborted} aborted", flush=True)
-        await storm.learn(arguments.concurrency)
-        await auditor.wait_for_rest(ORPHAN_LIMIT_S)
-        before = await auditor.counts()
-        watch = asyncio.create_task(auditor.watch())
-        begin = time.monotonic()
-        await storm.abort(arguments.requests, concurrency=arguments.concurrency)
-        took_s = time.monotonic() - begin
-        if watch.done():
-            watch.result()
-        watch.cancel()
-        rest_s = await auditor.wait_for_rest(arguments.rest_limit_s)
-        after = await same_counts(auditor, before)
+    auditor = Auditor(address)
+    typical_s = await storm.learn(arguments.concurrency)
+    print(f"{arguments.concurrency} requests at once take {typical_s:.2f} s")
+    for turn in range(arguments.router_kills):
+        await kill_router(storm, auditor, arguments.concurrency, typical_s)
+        print(f"router killed {turn + 1} times, {storm.tally.num_aborted} aborted", flush=True)
+    await storm.learn(arguments.concurrency)
+    await auditor.wait_for_rest(ORPHAN_LIMIT_S)
+    before = await auditor.counts()
+    watch = asyncio.create_task(auditor.watch())
+    begin = time.monotonic()
+    await storm.abort(arguments.requests, concurrency=arguments.concurrency)
+    took_s = time.monotonic() - begin
+    if watch.done():
+        watch.result()
+    watch.cancel()
+    rest_s = await auditor.wait_for_rest(arguments.rest_limit_s)
+    after = await same_counts(auditor, before)
     tally = storm.tally
     print(f"{tally.num_aborted} aborted ({took_s:.0f} s without the kills): {dict(tally.ends)}, {dict(tally.phases)}")
     print(f"at rest {rest_s * 1e3:.0f} ms after the last; {auditor.num_audits} audits, no finding")

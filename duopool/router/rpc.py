@@ -46,11 +46,20 @@ def _guarded(kind: Descriptor, behaviour: Unary) -> Unary:
         try:
             return await behaviour(parse_request(data, kind), context)
         except DuopoolError as error:
-            await context.abort_with_status(grpc_status(error))
+            await _refuse(context, error)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception:
             log.exception("a call failed in a way that nobody planned for")
-            await context.abort_with_status(grpc_status(DuopoolError("internal error; the router's log has more")))
+            await _refuse(context, DuopoolError("internal error; the router's log has more"))
 
     return call
+
+
+async def _refuse(context: Any, error: DuopoolError) -> None:
+    try:
+        await context.abort_with_status(grpc_status(error))
+    except (asyncio.CancelledError, grpc.aio.AbortError):
+        raise
+    except Exception as failure:  # gRPC's own: the connection broke at this very moment
+        raise asyncio.CancelledError("nobody is there to be told") from failure
