@@ -24,14 +24,15 @@ class KVStore:
         self.num_blocks = num_blocks
         self.pages: Tensor = torch.zeros(num_blocks, layout.page_elements, dtype=layout.dtype, device=device)
         """[num_blocks, page_elements]"""
-        self._layers = tuple(self._views())
+        self.layers = tuple(self._views())
+        """Per layer strided views: keys [N, G, S, D] and values [N, G, S, E]."""
         self._bytes: NDArray[np.uint8] | None = None
         if self.pages.device.type == "cpu":
             self._bytes = self.pages.view(torch.uint8).numpy()
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Strided views of one layer: keys [N, G, S, D] and values [N, G, S, E]."""
-        return self._layers[index]
+        """One of `layers`."""
+        return self.layers[index]
 
     def page(self, block_id: int) -> memoryview:
         """The page's bytes, writable, in place; only for a store in host memory."""

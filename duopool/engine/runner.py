@@ -5,18 +5,22 @@ Owns the model, its KV store and nothing about requests: every step is a functio
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from duopool.core.config import CacheConfig, ModelConfig
-from duopool.core.errors import OutOfBlocks
+from duopool.core.errors import OutOfBlocks, UnsupportedModel
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import Chunk, SampleSpec, StepPlan, StepResult
 from duopool.core.types import BlockId, RequestId, TokenLogprob
 from duopool.engine.forward_batch import ForwardBatch, build_forward_batch
 from duopool.engine.forward_context import forward_context
+from duopool.engine.fused_model import fuse
+from duopool.engine.kv_layout import KVLayout
 from duopool.engine.kv_store import KVStore
 from duopool.engine.model_loader import LoadedModel, load_model
 from duopool.engine.model_source import Progress, resolve_model
@@ -25,6 +29,8 @@ from duopool.engine.probe import check_parity, eager_logits, find_layout
 from duopool.engine.sampler import sample
 from duopool.engine.token_logprobs import token_logprobs
 from duopool.kernels import ops
+
+log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -58,12 +64,16 @@ class ModelRunner:
         """Check a loaded model, make it lean and give it a store. The module must not be used elsewhere afterwards."""
         layout = find_layout(model, cache_config.block_size)
         expected = eager_logits(model)
-        apply_overlays(model.module)
-        check_parity(model, layout, expected)
+        model = _made_fast(model, layout, expected)
         num_blocks = cache_config.num_blocks or cache_config.kv_cache_memory_bytes // layout.page_bytes
         if num_blocks < 1:
             raise OutOfBlocks(needed=1, free=0)
         return cls(model, KVStore(layout, num_blocks, model.device))
+
+    @property
+    def module(self) -> nn.Module:
+        """What a step calls: the model of transformers with overlays, or its fused stand-in."""
+        return self._model.module
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -140,6 +150,22 @@ class ModelRunner:
         logits: Tensor = output.logits[0]
         # A family that does not know `logits_to_keep` gives every row.
         return logits if len(logits) == len(batch.logits_rows) else logits[batch.logits_rows]
+
+
+def _made_fast(model: LoadedModel, layout: KVLayout, expected: list[Tensor]) -> LoadedModel:
+    """One call per step where the model has the shape for it, else overlays; checked against the original's logits."""
+    fused = fuse(model)
+    if fused is not None:
+        whole = replace(model, module=fused)
+        try:
+            check_parity(whole, layout, expected)
+        except UnsupportedModel as error:
+            log.warning("layer by layer, because as one call %s", error)
+        else:
+            return whole
+    apply_overlays(model.module)
+    check_parity(model, layout, expected)
+    return model
 
 
 def _score(logits_RV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import sysconfig
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import torch  # loads the OpenMP runtime that the library's own symbols are resolved against
 
-ABI = 2
+log = logging.getLogger(__name__)
+
+ABI = 3
 
 
 class Isa(IntEnum):
@@ -52,7 +55,10 @@ def _load() -> ctypes.CDLL | None:
         calls = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
     except OSError:
         return None
-    return calls if hasattr(calls, "duopool_abi") and calls.duopool_abi() == ABI else None
+    if hasattr(calls, "duopool_abi") and calls.duopool_abi() == ABI:
+        return calls
+    log.warning("%s is of another build and is not used: run `python setup.py build_ext --inplace`", path)
+    return None
 
 
 def _declare(calls: ctypes.CDLL) -> None:
@@ -70,6 +76,8 @@ def _declare(calls: ctypes.CDLL) -> None:
     calls.duopool_paged_attention.restype = flag
     calls.duopool_write_kv.argtypes = [pointer]
     calls.duopool_write_kv.restype = flag
+    calls.duopool_decoder_stack.argtypes = [pointer, pointer]
+    calls.duopool_decoder_stack.restype = flag
     calls.duopool_copy_blocks.argtypes = [pointer, number, number, number, pointer, pointer, number, flag]
     calls.duopool_copy_blocks.restype = flag
 

@@ -9,7 +9,7 @@ M most blocks of a request, X elements of a page, K input features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 from duopool.kernels.copy_blocks import cpu as copy_blocks_cpu
 from duopool.kernels.copy_blocks import reference as copy_blocks_reference
 from duopool.kernels.cpu_library import CpuLibrary, library
+from duopool.kernels.decoder_stack import cpu as stack_cpu
+from duopool.kernels.decoder_stack.cpu import PackedStack
+from duopool.kernels.decoder_stack.weights import StackWeights
 from duopool.kernels.linear import cpu as linear_cpu
 from duopool.kernels.linear.packed_weight import PackedWeight
 from duopool.kernels.paged_attention import cpu as attention_cpu
@@ -26,10 +29,13 @@ from duopool.kernels.write_kv import cpu as write_kv_cpu
 from duopool.kernels.write_kv import reference as write_kv_reference
 
 __all__ = [
+    "PackedStack",
     "PackedWeight",
     "copy_blocks",
+    "decoder_stack",
     "linear",
     "linear_is_worthwhile",
+    "pack_stack",
     "pack_weight",
     "paged_attention",
     "write_kv",
@@ -210,3 +216,71 @@ def linear(x_TK: Tensor, weight: PackedWeight | Tensor, bias: Tensor | None = No
     if x_TK.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"x is {x_TK.dtype}, not float32 or bfloat16")
     return linear_cpu.linear(library(), x_TK, weight, bias)
+
+
+def pack_stack(weights: StackWeights) -> PackedStack | None:
+    """Prepare a whole decoder for `decoder_stack`; None where layer by layer is faster, or all there is."""
+    cpu = library() if weights.embedding.is_cpu else None
+    return None if cpu is None or cpu.torch_has_bfloat16_tiles else PackedStack(cpu, weights)
+
+
+def decoder_stack(
+    stack: PackedStack,
+    caches: Sequence[tuple[Tensor, Tensor]],
+    token_ids_T: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    block_tables_BM: Tensor,
+    query_starts: Tensor,
+    kv_lengths: Tensor,
+    logits_rows: Tensor,
+) -> Tensor:
+    """One step of a decoder of the Llama shape in one call: logits, float32 [R, vocabulary], of tokens `logits_rows`.
+
+    `caches` are keys and values [N, G, S, D] per layer, all with the strides of the first; the step's own go to
+    `slots_T` (int64: `block_id * S + offset`; negative: nowhere) before its attention, whose batch is described as for
+    `paged_attention`. Token ids, positions and rows are int64. The residual stream is float32; factors of products,
+    queries and pages have the weights' dtype. Raises ValueError when something does not fit.
+    """
+    _check_stack(
+        stack, caches, token_ids_T, positions_T, slots_T, block_tables_BM, query_starts, kv_lengths, logits_rows
+    )
+    return stack_cpu.decoder_stack(
+        stack,
+        caches,
+        token_ids_T,
+        positions_T,
+        slots_T,
+        block_tables_BM,
+        query_starts,
+        kv_lengths,
+        logits_rows,
+    )
+
+
+def _check_stack(
+    stack: PackedStack,
+    caches: Sequence[tuple[Tensor, Tensor]],
+    token_ids_T: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    block_tables_BM: Tensor,
+    query_starts: Tensor,
+    kv_lengths: Tensor,
+    logits_rows: Tensor,
+) -> None:
+    first = caches[0][0]
+    if len(caches) != stack.num_layers or first.dtype != stack.dtype or first.stride(3) != 1:
+        raise ValueError(f"{len(caches)} caches of {first.dtype} for {stack.num_layers} layers of {stack.dtype}")
+    if not (len(token_ids_T) == len(positions_T) == len(slots_T)):
+        raise ValueError(f"{len(token_ids_T)} token ids, {len(positions_T)} positions, {len(slots_T)} slots")
+    if len(block_tables_BM) != len(kv_lengths) or len(query_starts) != len(kv_lengths) + 1:
+        raise ValueError(
+            f"{len(kv_lengths)} kv_lengths, {len(block_tables_BM)} block tables, {len(query_starts)} query_starts"
+        )
+    for name, wanted, tensors in (
+        ("token ids, positions, slots and rows", torch.int64, (token_ids_T, positions_T, slots_T, logits_rows)),
+        ("block tables, query_starts and kv_lengths", torch.int32, (block_tables_BM, query_starts, kv_lengths)),
+    ):
+        if not all(each.dtype == wanted and each.is_contiguous() for each in tensors):
+            raise ValueError(f"{name} must be contiguous {wanted}")

@@ -14,9 +14,17 @@ from duopool.core.errors import UnsupportedModel
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import Chunk, SampleSpec, StepPlan
 from duopool.core.types import BlockId, RequestId
+from duopool.engine import runner as runner_module
+from duopool.engine.fused_model import FusedModel
 from duopool.engine.model_loader import adopt
 from duopool.engine.runner import ModelRunner
+from duopool.kernels import ops
+from duopool.kernels.cpu_library import library
 
+CPU = library()
+needs_fusion = pytest.mark.skipif(
+    CPU is None or CPU.torch_has_bfloat16_tiles, reason="this machine goes layer by layer"
+)
 LENGTHS = (31, 1, 9, 18)
 BLOCK_SIZE = 4
 SPEC = SampleSpec(params=SamplingParams(temperature=0, logprobs=0), prompt_token_ids=(), output_token_ids=())
@@ -33,8 +41,18 @@ def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:
     return [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_prompt_logprobs_equal_eager_for_every_chunking(family: str) -> None:
+FUSED = ("llama", "llama_biased", "mistral_window", "qwen2", "qwen2_window")
+
+
+def go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "fuse", lambda model: None)
+
+
+@pytest.mark.parametrize("family", [*sorted(FAMILIES), *(f"{family}, layer by layer" for family in FUSED)])
+def test_prompt_logprobs_equal_eager_for_every_chunking(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, *rest = family.split(",")
+    if rest:
+        go_layer_by_layer(monkeypatch)
     model = make(FAMILIES[family]())
     prompts = prompts_of(LENGTHS)
     expected = eager_logprobs(model, prompts)
@@ -98,10 +116,29 @@ def test_wrong_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe notices a kernel that forgets the window."""
     from duopool.engine import attention
 
+    go_layer_by_layer(monkeypatch)
     true = attention.ops.paged_attention
     monkeypatch.setattr(attention.ops, "paged_attention", lambda *a, **k: true(*a, **{**k, "window": None}))
     with pytest.raises(UnsupportedModel, match="differ from eager"):
         ModelRunner.from_model(adopt(make(FAMILIES["mistral_window"]())), CacheConfig(num_blocks=4))
+
+
+@needs_fusion
+@pytest.mark.parametrize("family", FUSED)
+def test_models_of_the_llama_shape_are_one_call(family: str) -> None:
+    runner = ModelRunner.from_model(adopt(make(FAMILIES[family]())), CacheConfig(num_blocks=4))
+    assert isinstance(runner.module, FusedModel)
+
+
+@needs_fusion
+def test_a_fused_model_that_is_wrong_goes_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    true = ops.decoder_stack
+    monkeypatch.setattr(ops, "decoder_stack", lambda *a: true(*a).roll(1, dims=-1))
+    runner = ModelRunner.from_model(adopt(make(FAMILIES["llama"]())), CacheConfig(num_blocks=4))
+    assert not isinstance(runner.module, FusedModel)
+    assert "layer by layer" in caplog.text
 
 
 def test_layout_comes_from_what_attention_sees() -> None:

@@ -9,14 +9,14 @@ constexpr int64_t UNIT = 2;          // panels whose sums are finished together
 constexpr int64_t BLOCK_ROWS = 96;   // most rows of one call
 constexpr int64_t LINE = UNIT * CHUNK;
 
-DUOPOOL_TARGET static void pack_panel(const float* weight, int64_t row_stride, int64_t columns, int64_t depth,
+DUOPOOL_TARGET static inline void pack_panel(const float* weight, int64_t row_stride, int64_t columns, int64_t depth,
                                       float* panel) {
     for (int64_t column = 0; column < CHUNK; ++column)
         for (int64_t k = 0; k < depth; ++k)
             panel[k * CHUNK + column] = column < columns ? weight[column * row_stride + k] : 0;
 }
 
-DUOPOOL_TARGET static void pack_panel(const Bfloat16* weight, int64_t row_stride, int64_t columns, int64_t depth,
+DUOPOOL_TARGET static inline void pack_panel(const Bfloat16* weight, int64_t row_stride, int64_t columns, int64_t depth,
                                       uint32_t* panel) {
     const int64_t pairs = (depth + 1) / 2;
     for (int64_t column = 0; column < CHUNK; ++column) {
@@ -32,7 +32,7 @@ DUOPOOL_TARGET static void pack_panel(const Bfloat16* weight, int64_t row_stride
     }
 }
 
-DUOPOOL_TARGET static void expand(const Bfloat16* from, float* to, int64_t count) {
+DUOPOOL_TARGET static inline void expand(const Bfloat16* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; i += WIDTH) store_line(to + i, load_line(from + i, count - i), count - i);
 }
 
@@ -155,7 +155,7 @@ DUOPOOL_TARGET void multiply_unit(const X* x, int64_t x_stride, int64_t rows, co
             }
 }
 
-DUOPOOL_TARGET static void multiply_unit(const float* x, int64_t x_stride, int64_t rows, const float* panels,
+DUOPOOL_TARGET static inline void multiply_unit(const float* x, int64_t x_stride, int64_t rows, const float* panels,
                                          int64_t count, int64_t depth, float* sums) {
     const int64_t slice = rows > MAX_ROWS ? 4096 / WIDTH : depth;
     const int64_t num_tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
@@ -178,7 +178,7 @@ static inline int64_t panel_elements(uint32_t, int64_t depth) { return (depth + 
 template <class Y, class B>
 struct StoreSums {
     Y* y;
-    int64_t stride;
+    int64_t width;
     const B* bias;  // null: none
 
     DUOPOOL_TARGET void operator()(const float* sums, int64_t rows, int64_t column, int64_t columns) const {
@@ -186,7 +186,7 @@ struct StoreSums {
             for (int64_t i = 0; i < columns; i += WIDTH) {
                 Floats value = load(sums + row * LINE + i);
                 if (bias) value += load_line(bias + column + i, columns - i);
-                store_line(y + row * stride + column + i, value, columns - i);
+                store_line(y + row * width + column + i, value, columns - i);
             }
     }
 };
@@ -194,13 +194,13 @@ struct StoreSums {
 // y += sums + bias.
 struct AddSums {
     float* y;
-    int64_t stride;
+    int64_t width;
     const float* bias;
 
     DUOPOOL_TARGET void operator()(const float* sums, int64_t rows, int64_t column, int64_t columns) const {
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t i = 0; i < columns; i += WIDTH) {
-                float* to = y + row * stride + column + i;
+                float* to = y + row * width + column + i;
                 Floats value = load_line(to, columns - i) + load(sums + row * LINE + i);
                 if (bias) value += load_line(bias + column + i, columns - i);
                 store_line(to, value, columns - i);

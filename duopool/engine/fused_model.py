@@ -1,0 +1,122 @@
+"""Runs a whole model of the Llama shape as one call of the kernels.
+
+Owns which model classes qualify, and the way from their modules to `ops.decoder_stack`. As with `overlay.py` nothing is
+taken on trust: `probe.py` compares the result with the original, and a model that does not qualify runs as before.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duopool.engine.forward_context import PagedContext, current_context
+from duopool.engine.model_loader import LoadedModel
+from duopool.kernels import ops
+from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, StackWeights
+
+LLAMA_SHAPED_MODELS = frozenset(
+    f"transformers.models.{family}.modeling_{family}.{name}ForCausalLM"
+    for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"))
+)
+STATIC_ROPE = frozenset(("default", "linear", "llama3", "yarn"))
+"""Rotary embeddings that depend on the position alone, not on the longest sequence of a batch."""
+
+
+class FusedModel(nn.Module):
+    """Stands in for a causal language model of transformers, over pages only."""
+
+    def __init__(self, stack: ops.PackedStack) -> None:
+        super().__init__()
+        self._stack = stack
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor | None = None, **_: Any
+    ) -> SimpleNamespace:
+        """input_ids, position_ids [1, T], logits_to_keep [R] -> `logits` float32 [1, R, V] (None: of every token)."""
+        context = current_context()
+        if not isinstance(context, PagedContext):
+            raise RuntimeError("a fused model runs over pages only")
+        rows = torch.arange(input_ids.shape[1]) if logits_to_keep is None else logits_to_keep
+        logits = ops.decoder_stack(
+            self._stack,
+            context.store.layers,
+            input_ids[0],
+            position_ids[0],
+            context.slots_T,
+            context.block_tables_BM,
+            context.query_starts,
+            context.kv_lengths,
+            rows,
+        )
+        return SimpleNamespace(logits=logits.unsqueeze(0))
+
+
+@torch.inference_mode()
+def fuse(model: LoadedModel) -> FusedModel | None:
+    """The model as one call, or None if it does not have the shape. The original stays as it is."""
+    module: Any = model.module
+    if not _has_the_shape(module, model):
+        return None
+    stack = ops.pack_stack(_weights(module, model))
+    return None if stack is None else FusedModel(stack).eval()
+
+
+def _has_the_shape(module: Any, model: LoadedModel) -> bool:
+    kind, config = type(module), model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        f"{kind.__module__}.{kind.__qualname__}" in LLAMA_SHAPED_MODELS
+        and model.device.type == "cpu"
+        and model.dtype in (torch.float32, torch.bfloat16)
+        and config.hidden_act == "silu"
+        and rope.get("rope_type") in STATIC_ROPE
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+    )
+
+
+def _weights(module: Any, model: LoadedModel) -> StackWeights:
+    body = module.model
+    attention = body.layers[0].self_attn
+    # The model's own rotary module makes the table, in float32.
+    positions = torch.arange(model.max_model_len).unsqueeze(0)
+    cos, sin = body.rotary_emb(torch.zeros(1, dtype=torch.float32), position_ids=positions)
+    half = attention.head_dim // 2
+    return StackWeights(
+        embedding=body.embed_tokens.weight,
+        layers=[_layer(layer) for layer in body.layers],
+        final_norm=body.norm.weight,
+        head=_projection(module.lm_head),
+        cos_PD=cos[0, :, :half],
+        sin_PD=sin[0, :, :half],
+        num_heads=attention.q_proj.out_features // attention.head_dim,
+        num_kv_heads=attention.k_proj.out_features // attention.head_dim,
+        eps=float(body.norm.variance_epsilon),
+        scale=float(attention.scaling),
+    )
+
+
+def _layer(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    return LayerWeights(
+        attention_norm=layer.input_layernorm.weight,
+        qkv=_joined([attention.q_proj, attention.k_proj, attention.v_proj]),
+        out=_projection(attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate=_projection(mlp.gate_proj),
+        up=_projection(mlp.up_proj),
+        down=_projection(mlp.down_proj),
+        window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+    )
+
+
+def _projection(linear: nn.Linear) -> Projection:
+    return Projection(weight=linear.weight, bias=linear.bias)
+
+
+def _joined(linears: list[nn.Linear]) -> Projection:
+    biases: list[Tensor] = [each.bias for each in linears if each.bias is not None]
+    bias = torch.cat(biases) if len(biases) == len(linears) else None
+    return Projection(weight=torch.cat([each.weight for each in linears]), bias=bias)

@@ -1,0 +1,212 @@
+"""The call of the compiled decoder: field for field the structures in stack_call.h."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duopool.kernels.cpu_library import CpuLibrary, num_threads
+from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, StackWeights
+from duopool.kernels.linear import cpu as linear_cpu
+
+_POINTER, _NUMBER, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("panels", _POINTER), ("bias", _POINTER), ("in_features", _NUMBER), ("out_features", _NUMBER))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("qkv", _Matrix),
+        ("out", _Matrix),
+        ("gate_up", _Matrix),
+        ("down", _Matrix),
+        ("attention_norm", _POINTER),
+        ("mlp_norm", _POINTER),
+        ("window", _NUMBER),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        ("head", _Matrix),
+        ("embedding", _POINTER),
+        ("final_norm", _POINTER),
+        ("cos", _POINTER),
+        ("sin", _POINTER),
+        ("num_layers", _NUMBER),
+        ("hidden", _NUMBER),
+        ("intermediate", _NUMBER),
+        ("num_heads", _NUMBER),
+        ("num_kv_heads", _NUMBER),
+        ("head_dim", _NUMBER),
+        ("vocab_size", _NUMBER),
+        ("num_positions", _NUMBER),
+        ("eps", _REAL),
+        ("scale", _REAL),
+        ("isa", _FLAG),
+        ("is_bfloat16", _FLAG),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("keys", _POINTER),
+        ("values", _POINTER),
+        ("block_stride", _NUMBER),
+        ("head_stride", _NUMBER),
+        ("slot_stride", _NUMBER),
+        ("num_blocks", _NUMBER),
+        ("block_size", _NUMBER),
+        ("token_ids", _POINTER),
+        ("positions", _POINTER),
+        ("slots", _POINTER),
+        ("block_tables", _POINTER),
+        ("block_table_stride", _NUMBER),
+        ("blocks_per_request", _NUMBER),
+        ("query_starts", _POINTER),
+        ("kv_lengths", _POINTER),
+        ("logits_rows", _POINTER),
+        ("logits", _POINTER),
+        ("num_tokens", _NUMBER),
+        ("num_requests", _NUMBER),
+        ("num_rows", _NUMBER),
+        ("num_threads", _FLAG),
+    )
+
+
+_PROBLEMS = {
+    1: "query_starts must rise from 0 to the number of tokens",
+    2: "a kv_length is shorter than its request's queries or longer than its block table",
+    3: "a block table names a block outside the caches",
+    4: "a token id is outside the vocabulary",
+    5: "a position is behind the last one",
+    6: "a slot lies behind the last block",
+    7: "a row of logits names no token",
+}
+
+
+class PackedStack:
+    """A decoder's weights as the kernel reads them. The originals may be freed, but for the embedding."""
+
+    def __init__(self, cpu: CpuLibrary, weights: StackWeights) -> None:
+        """Raises ValueError for weights that the kernel does not take."""
+        self.cpu = cpu
+        self.dtype = weights.embedding.dtype
+        self.vocab_size, hidden = weights.embedding.shape
+        self._kept: list[object] = []
+        if self.dtype not in (torch.float32, torch.bfloat16) or weights.head_dim % 2:
+            raise ValueError(f"weights are {self.dtype} with head dim {weights.head_dim}")
+        layers = (_Layer * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
+        self.model = _Model(
+            layers,
+            self._matrix(weights.head),
+            self._keep(weights.embedding.detach().contiguous()),
+            self._float(weights.final_norm),
+            self._float(weights.cos_PD),
+            self._float(weights.sin_PD),
+            len(weights.layers),
+            hidden,
+            weights.layers[0].gate.weight.shape[0],
+            weights.num_heads,
+            weights.num_kv_heads,
+            weights.head_dim,
+            self.vocab_size,
+            len(weights.cos_PD),
+            weights.eps,
+            weights.scale,
+            cpu.isa,
+            self.dtype == torch.bfloat16,
+        )
+        self.num_layers = len(weights.layers)
+
+    def _layer(self, layer: LayerWeights) -> _Layer:
+        return _Layer(
+            self._matrix(layer.qkv),
+            self._matrix(layer.out),
+            self._gate_and_up(layer),
+            self._matrix(layer.down),
+            self._float(layer.attention_norm),
+            self._float(layer.mlp_norm),
+            layer.window or 0,
+        )
+
+    def _matrix(self, projection: Projection) -> _Matrix:
+        out_features, in_features = projection.weight.shape
+        bias = None if projection.bias is None else self._float(projection.bias)
+        return _Matrix(self._keep(self._panels(projection.weight)), bias, in_features, out_features)
+
+    def _gate_and_up(self, layer: LayerWeights) -> _Matrix:
+        """Their panels by turns, so that both halves of a product end up side by side."""
+        panels = torch.stack([self._panels(layer.gate.weight), self._panels(layer.up.weight)], dim=1)
+        num_pairs, width = panels.shape[0], panels.shape[-1]
+        bias = None
+        if layer.gate.bias is not None and layer.up.bias is not None:
+            both = torch.zeros(2, num_pairs * width)
+            both[0, : len(layer.gate.bias)] = layer.gate.bias
+            both[1, : len(layer.up.bias)] = layer.up.bias
+            bias = self._float(both.view(2, num_pairs, width).transpose(0, 1))
+        return _Matrix(self._keep(panels), bias, layer.gate.weight.shape[1], 2 * num_pairs * width)
+
+    def _panels(self, weight: Tensor) -> Tensor:
+        if weight.dtype != self.dtype:
+            raise ValueError(f"a weight is {weight.dtype}, the embedding {self.dtype}")
+        panels = linear_cpu.pack(weight, linear_cpu.ANY_ROWS, self.cpu).panels
+        assert panels is not None
+        return panels
+
+    def _float(self, tensor: Tensor) -> int:
+        return self._keep(tensor.detach().float().contiguous())
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def decoder_stack(
+    stack: PackedStack,
+    caches: Sequence[tuple[Tensor, Tensor]],
+    token_ids_T: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    block_tables_BM: Tensor,
+    query_starts: Tensor,
+    kv_lengths: Tensor,
+    logits_rows: Tensor,
+) -> Tensor:
+    """See `duopool.kernels.ops.decoder_stack`; raises ValueError before anything is written."""
+    pointers = _POINTER * stack.num_layers
+    first_keys = caches[0][0]
+    strides = first_keys.stride()
+    logits = torch.empty(len(logits_rows), stack.vocab_size)
+    call = _Call(
+        ctypes.addressof(keys := pointers(*(cache[0].data_ptr() for cache in caches))),
+        ctypes.addressof(values := pointers(*(cache[1].data_ptr() for cache in caches))),
+        *strides[:3],
+        first_keys.shape[0],
+        first_keys.shape[2],
+        token_ids_T.data_ptr(),
+        positions_T.data_ptr(),
+        slots_T.data_ptr(),
+        block_tables_BM.data_ptr(),
+        block_tables_BM.stride(0),
+        block_tables_BM.shape[1],
+        query_starts.data_ptr(),
+        kv_lengths.data_ptr(),
+        logits_rows.data_ptr(),
+        logits.data_ptr(),
+        len(token_ids_T),
+        len(kv_lengths),
+        len(logits_rows),
+        num_threads(),
+    )
+    status = stack.cpu.calls.duopool_decoder_stack(ctypes.byref(stack.model), ctypes.byref(call))
+    del keys, values
+    if status:
+        raise ValueError(_PROBLEMS[status])
+    return logits

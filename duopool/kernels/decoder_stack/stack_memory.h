@@ -1,0 +1,24 @@
+// The memory of one step of a decoder: what its threads share, and what each has for itself. Owns neither.
+
+#pragma once
+
+#include "decoder_stack/team.h"
+#include "paged_attention/attention_plan.h"
+
+// Made by cpu_decoder_stack.cpp. Legend as in stack_call.h; void is the type of the weights.
+struct StackMemory {
+    float* residual;  // [T, hidden]
+    float* qkv;       // [T, (H + 2G) * D]
+    void* query;      // [T, H, D]
+    void* mixed;      // [T, H, D]
+    void* gated;      // [T, intermediate]
+    float* partials;
+    const Plan* const* plans;  // per layer
+};
+
+struct StackThread {
+    Member member;
+    float* attention;  // attention_piece.h's workspace
+    void* factors;     // [MOST_ROWS_OF_BLOCK, widest input]: a block of activations as the products take them
+    int64_t phase_of_factors = -1, row_of_factors = -1;
+};

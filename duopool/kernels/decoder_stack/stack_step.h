@@ -1,0 +1,218 @@
+// A whole decoder of the Llama shape for one instruction set; every_isa.h compiles this file once per set.
+//
+// T is the type of the weights' panels, the embedding and the pages. The residual stream is float32; what a product
+// takes is rounded to T. Every thread runs `run_stack`; team.h shares the pieces of each phase out.
+
+#include "linear/panel_product.h"
+#include "paged_attention/attention_piece.h"
+
+// How weights of T lie in panels, and as what activations meet them.
+template <class T>
+struct Panels;
+template <>
+struct Panels<float> {
+    typedef float Element;
+    typedef float Factor;
+};
+template <>
+struct Panels<Bfloat16> {
+    typedef uint32_t Element;
+#ifdef DUOPOOL_DOTS
+    typedef Bfloat16 Factor;
+#else
+    typedef float Factor;
+#endif
+};
+
+// out = weight * x / sqrt(mean(x^2) + eps)
+template <class Y>
+DUOPOOL_TARGET void normalise(const float* x, int64_t count, const float* weight, float eps, Y* out) {
+    Floats squares = {};
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const Floats value = load_line(x + i, count - i);
+        squares += value * value;
+    }
+    const float factor = 1.0f / __builtin_sqrtf(sum(squares) / count + eps);
+    for (int64_t i = 0; i < count; i += WIDTH)
+        store_line(out + i, load_line(x + i, count - i) * factor * load_line(weight + i, count - i), count - i);
+}
+
+// Where a product's activations come from: `rows(first, count, scratch)` gives `count` rows as factors, with `stride()`
+// elements between them, in scratch if they must be made first.
+
+// Rows of the residual stream, normalised; `picked` names them, or they are all in order.
+template <class Factor>
+struct NormalisedRows {
+    const float* residual;
+    const float* weight;
+    int64_t hidden;
+    float eps;
+    const int64_t* picked;
+
+    static constexpr bool IS_MADE = true;
+    int64_t stride() const { return hidden; }
+    DUOPOOL_TARGET const Factor* rows(int64_t first, int64_t count, Factor* scratch) const {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = picked ? picked[first + i] : first + i;
+            normalise(residual + row * hidden, hidden, weight, eps, scratch + i * hidden);
+        }
+        return scratch;
+    }
+};
+
+// Rows of a tensor of T.
+template <class T, class Factor>
+struct StoredRows {
+    const T* from;
+    int64_t width;
+
+    static constexpr bool IS_MADE = true;
+    int64_t stride() const { return width; }
+    DUOPOOL_TARGET const Factor* rows(int64_t first, int64_t count, Factor* scratch) const {
+        expand(from + first * width, scratch, count * width);
+        return scratch;
+    }
+};
+template <class T>
+struct StoredRows<T, T> {
+    const T* from;
+    int64_t width;
+
+    static constexpr bool IS_MADE = false;
+    int64_t stride() const { return width; }
+    const T* rows(int64_t first, int64_t, T*) const { return from + first * width; }
+};
+
+// gated = silu(gate) * up; a unit is one panel of each.
+template <class Y>
+struct GateSums {
+    Y* y;
+    int64_t width;
+    const float* bias;  // in the order of the panels
+
+    DUOPOOL_TARGET void operator()(const float* sums, int64_t rows, int64_t column, int64_t) const {
+        const int64_t first = column / UNIT, columns = width - first < CHUNK ? width - first : CHUNK;
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t i = 0; i < columns; i += WIDTH) {
+                Floats gate = load(sums + row * LINE + i), up = load(sums + row * LINE + CHUNK + i);
+                if (bias) {
+                    gate += load(bias + column + i);
+                    up += load(bias + column + CHUNK + i);
+                }
+                // Past 88 e^-gate would overflow; the quotient is 0 in float32 long before.
+                const Floats power = exponential(gate < -88.0f ? fill(88.0f) : -gate);
+                store_line(y + row * width + first + i, gate / (1.0f + power) * up, columns - i);
+            }
+    }
+};
+
+// One phase: finish(rows * matrix).
+template <class T, class Rows, class Finish>
+DUOPOOL_TARGET void product(StackThread& thread, const StackMatrix& matrix, const Rows& source, int64_t num_rows,
+                            int64_t num_threads, const Finish& finish_at) {
+    typedef typename Panels<T>::Factor Factor;
+    const int64_t num_units = (matrix.out_features + LINE - 1) / LINE;
+    const RowBlocks blocks(num_rows, matrix.in_features * sizeof(Factor), num_units, num_threads);
+    const int64_t phase = thread.member.phase();
+    const Factor* rows = nullptr;
+    for (int64_t item; thread.member.next(blocks.num_pieces(), item);) {
+        const RowBlocks::Piece piece = blocks.piece(item);
+        if (!Rows::IS_MADE || thread.phase_of_factors != phase || thread.row_of_factors != piece.row) {
+            rows = source.rows(piece.row, piece.num_rows, (Factor*)thread.factors);
+            thread.phase_of_factors = phase;
+            thread.row_of_factors = piece.row;
+        }
+        auto finish = finish_at;
+        finish.y += piece.row * finish.width;
+        multiply_panels(rows, source.stride(), piece.num_rows, (const typename Panels<T>::Element*)matrix.panels,
+                        piece.first_unit, piece.last_unit, matrix.in_features, matrix.out_features, finish);
+    }
+}
+
+// Rotary position embedding in the half-split order of transformers' `rotate_half`.
+template <class Y>
+DUOPOOL_INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t half, Y* out) {
+    for (int64_t i = 0; i < half; i += WIDTH) {
+        const int64_t rest = half - i;
+        const Floats low = load_line(x + i, rest), high = load_line(x + half + i, rest);
+        const Floats c = load_line(cos + i, rest), s = load_line(sin + i, rest);
+        store_line(out + i, low * c - high * s, rest);
+        store_line(out + half + i, high * c + low * s, rest);
+    }
+}
+
+// Rotates the token's queries and keys, and writes its key and value into their slot.
+template <class T>
+DUOPOOL_TARGET void rotate_and_write(const StackModel& model, const StackCall& call, const StackMemory& memory,
+                                     int64_t layer, int64_t token) {
+    const int64_t dim = model.head_dim, half = dim / 2, num_heads = model.num_heads, num_kv_heads = model.num_kv_heads;
+    const float* x = memory.qkv + token * (num_heads + 2 * num_kv_heads) * dim;
+    const float *cos = model.cos + call.positions[token] * half, *sin = model.sin + call.positions[token] * half;
+    for (int64_t head = 0; head < num_heads; ++head)
+        rotate(x + head * dim, cos, sin, half, (T*)memory.query + (token * num_heads + head) * dim);
+    const int64_t slot = call.slots[token];
+    if (slot < 0) return;
+    const int64_t place = slot / call.block_size * call.block_stride + slot % call.block_size * call.slot_stride;
+    x += num_heads * dim;
+    for (int64_t head = 0; head < num_kv_heads; ++head) {
+        rotate(x + head * dim, cos, sin, half, (T*)call.keys[layer] + place + head * call.head_stride);
+        const float* value = x + (num_kv_heads + head) * dim;
+        T* to = (T*)call.values[layer] + place + head * call.head_stride;
+        for (int64_t i = 0; i < dim; i += WIDTH) store_line(to + i, load_line(value + i, dim - i), dim - i);
+    }
+}
+
+template <class T>
+DUOPOOL_TARGET void embed(const StackModel& model, const StackCall& call, const StackMemory& memory, int64_t token) {
+    const T* from = (const T*)model.embedding + call.token_ids[token] * model.hidden;
+    float* to = memory.residual + token * model.hidden;
+    for (int64_t i = 0; i < model.hidden; i += WIDTH)
+        store_line(to + i, load_line(from + i, model.hidden - i), model.hidden - i);
+}
+
+constexpr int64_t TOKENS_PER_PIECE = 8;
+
+template <class T>
+DUOPOOL_TARGET void run_stack(const StackModel& model, const StackCall& call, const AttentionCall& attention,
+                              const StackMemory& memory, StackThread& thread) {
+    typedef typename Panels<T>::Factor Factor;
+    const int64_t num_tokens = call.num_tokens, threads = call.num_threads, dim = model.head_dim;
+    const int64_t num_groups = (num_tokens + TOKENS_PER_PIECE - 1) / TOKENS_PER_PIECE;
+    Member& member = thread.member;
+    for (int64_t group; member.next(num_groups, group);)
+        for (int64_t i = group * TOKENS_PER_PIECE; i < num_tokens && i < (group + 1) * TOKENS_PER_PIECE; ++i)
+            embed<T>(model, call, memory, i);
+    for (int64_t index = 0; index < model.num_layers; ++index) {
+        const StackLayer& layer = model.layers[index];
+        const int64_t qkv_width = layer.qkv.out_features, mixed_width = model.num_heads * dim;
+        product<T>(thread, layer.qkv,
+                   NormalisedRows<Factor>{memory.residual, layer.attention_norm, model.hidden, model.eps, nullptr},
+                   num_tokens, threads, StoreSums<float, float>{memory.qkv, qkv_width, layer.qkv.bias});
+        for (int64_t group; member.next(num_groups, group);)
+            for (int64_t i = group * TOKENS_PER_PIECE; i < num_tokens && i < (group + 1) * TOKENS_PER_PIECE; ++i)
+                rotate_and_write<T>(model, call, memory, index, i);
+        AttentionCall here = attention;
+        here.keys = call.keys[index];
+        here.values = call.values[index];
+        here.window = layer.window;
+        const Plan& plan = *memory.plans[index];
+        for (int64_t i; member.next(plan.pieces.size(), i);) {
+            const Piece& piece = plan.pieces[i];
+            attend<T>(here, piece, thread.attention, piece.partial < 0 ? nullptr : memory.partials + piece.partial);
+        }
+        if (!plan.splits.empty()) {
+            for (int64_t i; member.next(plan.splits.size(), i);)
+                merge<T>(here, plan.splits[i], memory.partials + plan.splits[i].first_partial);
+        }
+        product<T>(thread, layer.out, StoredRows<T, Factor>{(const T*)memory.mixed, mixed_width}, num_tokens, threads,
+                   AddSums{memory.residual, model.hidden, layer.out.bias});
+        product<T>(thread, layer.gate_up,
+                   NormalisedRows<Factor>{memory.residual, layer.mlp_norm, model.hidden, model.eps, nullptr}, num_tokens,
+                   threads, GateSums<T>{(T*)memory.gated, model.intermediate, layer.gate_up.bias});
+        product<T>(thread, layer.down, StoredRows<T, Factor>{(const T*)memory.gated, model.intermediate}, num_tokens,
+                   threads, AddSums{memory.residual, model.hidden, layer.down.bias});
+    }
+    product<T>(thread, model.head,
+               NormalisedRows<Factor>{memory.residual, model.final_norm, model.hidden, model.eps, call.logits_rows},
+               call.num_rows, threads, StoreSums<float, float>{call.logits, model.vocab_size, model.head.bias});
+}

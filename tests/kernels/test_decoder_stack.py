@@ -1,0 +1,247 @@
+"""A whole decoder in one call gives what the plain one gives, for ragged batches over scattered pages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duopool.kernels import ops
+from duopool.kernels.cpu_library import CpuLibrary, Isa, library
+from duopool.kernels.decoder_stack import cpu
+from duopool.kernels.decoder_stack.cpu import PackedStack
+from duopool.kernels.decoder_stack.reference import decoder_stack as reference
+from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, StackWeights
+
+COMPILED = library()
+ISAS = [isa for isa in Isa if COMPILED is not None and isa <= COMPILED.isa]
+needs_library = pytest.mark.skipif(COMPILED is None, reason="the compiled kernels are not built")
+BLOCK_SIZE = 4
+NUM_BLOCKS = 40
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def compiled(isa: Isa) -> CpuLibrary:
+    assert COMPILED is not None
+    return replace(COMPILED, isa=isa)
+
+
+def make_weights(
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    *,
+    kv_heads: int = 2,
+    group: int = 3,
+    head_dim: int = 10,
+    intermediate: int = 45,
+    vocab_size: int = 77,
+    has_bias: bool = False,
+    windows: tuple[int | None, ...] = (None, 5),
+) -> StackWeights:
+    hidden = kv_heads * group * head_dim + 2
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    def projection(out_features: int, in_features: int) -> Projection:
+        bias = random(out_features) if has_bias else None
+        return Projection(weight=random(out_features, in_features, scale=in_features**-0.5), bias=bias)
+
+    angles = torch.arange(64.0)[:, None] * torch.rand(head_dim // 2, generator=generator)
+    return StackWeights(
+        embedding=random(vocab_size, hidden),
+        layers=[
+            LayerWeights(
+                attention_norm=random(hidden),
+                qkv=projection((group + 2) * kv_heads * head_dim, hidden),
+                out=projection(hidden, group * kv_heads * head_dim),
+                mlp_norm=random(hidden),
+                gate=projection(intermediate, hidden),
+                up=projection(intermediate, hidden),
+                down=projection(hidden, intermediate),
+                window=window,
+            )
+            for window in windows
+        ],
+        final_norm=random(hidden),
+        head=projection(vocab_size, hidden),
+        cos_PD=angles.cos(),
+        sin_PD=angles.sin(),
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        eps=1e-5,
+        scale=head_dim**-0.5,
+    )
+
+
+def make_batch(generator: torch.Generator, vocab_size: int, spans: list[tuple[int, int]]) -> list[Tensor]:
+    """Arguments of a step from (tokens stored, tokens to compute) per request; pages are handed out at random."""
+    blocks = torch.randperm(NUM_BLOCKS, generator=generator).tolist()
+    tables, positions, slots, starts = [], [], [], [0]
+    for stored, new in spans:
+        own = [blocks.pop() for _ in range(-(-(stored + new) // BLOCK_SIZE))]
+        tables.append(own)
+        positions += range(stored, stored + new)
+        slots += [own[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(stored, stored + new)]
+        starts.append(starts[-1] + new)
+    width = max(map(len, tables))
+    return [
+        torch.randint(0, vocab_size, (starts[-1],), generator=generator),
+        torch.tensor(positions),
+        torch.tensor(slots),
+        torch.tensor([own + [0] * (width - len(own)) for own in tables], dtype=torch.int32),
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor([stored + new for stored, new in spans], dtype=torch.int32),
+        torch.tensor([end - 1 for end in starts[1:]]),
+    ]
+
+
+def make_caches(generator: torch.Generator, weights: StackWeights, batch: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pages with all layers side by side, random where a request has stored tokens, and not-a-number elsewhere."""
+    _, _, _, tables, starts, lengths, _ = batch
+    kv_heads, dim = weights.num_kv_heads, weights.head_dim
+    pages = torch.full((NUM_BLOCKS, len(weights.layers), 2, kv_heads, BLOCK_SIZE, dim), float("nan"))
+    for row, (length, new) in enumerate(zip(lengths.tolist(), starts.diff().tolist(), strict=True)):
+        for at in range(length - new):
+            shape = (len(weights.layers), 2, kv_heads, dim)
+            pages[tables[row, at // BLOCK_SIZE], :, :, :, at % BLOCK_SIZE] = torch.randn(*shape, generator=generator)
+    pages = pages.to(weights.embedding.dtype)
+    return [(pages[:, layer, 0], pages[:, layer, 1]) for layer in range(len(weights.layers))]
+
+
+def copied(caches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    pages = torch.stack([torch.stack(pair, dim=1) for pair in caches], dim=1)
+    return [(pages[:, layer, 0], pages[:, layer, 1]) for layer in range(len(caches))]
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name.lower())
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@given(
+    seed=st.integers(0, 1 << 30),
+    spans=st.lists(st.tuples(st.integers(0, 14), st.integers(1, 17)), min_size=1, max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from([2, 10, 64]),
+    intermediate=st.sampled_from([1, 45, 130]),
+    has_bias=st.booleans(),
+    num_threads=st.integers(1, 3),
+)
+def test_agrees_with_the_reference(
+    isa: Isa,
+    seed: int,
+    spans: list[tuple[int, int]],
+    dtype: torch.dtype,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    intermediate: int,
+    has_bias: bool,
+    num_threads: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = make_weights(
+        generator,
+        dtype,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        intermediate=intermediate,
+        has_bias=has_bias,
+    )
+    batch = make_batch(generator, 77, spans)
+    caches = make_caches(generator, weights, batch)
+    expected_caches = copied(caches)
+    expected = reference(weights, expected_caches, *batch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    found = cpu.decoder_stack(PackedStack(compiled(isa), weights), caches, *batch)
+    torch.set_num_threads(before)
+    limit = TOLERANCE[dtype]
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit * float(expected.abs().max()))
+    for (keys, values), (expected_keys, expected_values) in zip(caches, expected_caches, strict=True):
+        for mine, other in ((keys, expected_keys), (values, expected_values)):
+            worst = float(other.nan_to_num().abs().max())
+            torch.testing.assert_close(mine, other, rtol=limit, atol=limit * worst, equal_nan=True)
+
+
+@needs_library
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    generator = torch.Generator().manual_seed(5)
+    weights = make_weights(generator, torch.bfloat16)
+    batch = make_batch(generator, 77, [(9, 1), (3, 1), (0, 1), (12, 1), (7, 1)])
+    caches = make_caches(generator, weights, batch)
+    stack = PackedStack(compiled(ISAS[-1]), weights)
+    together = cpu.decoder_stack(stack, copied(caches), *batch)
+    ids, positions, slots, tables, _, lengths, _ = batch
+    for row in range(5):
+        one = slice(row, row + 1)
+        starts, rows = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0])
+        step = [ids[one], positions[one], slots[one], tables[one], starts, lengths[one], rows]
+        alone = cpu.decoder_stack(stack, copied(caches), *step)
+        assert torch.equal(alone[0], together[row])
+
+
+@needs_library
+def test_a_negative_slot_is_written_nowhere_and_no_rows_give_no_logits() -> None:
+    generator = torch.Generator().manual_seed(6)
+    weights = make_weights(generator, torch.float32)
+    batch = make_batch(generator, 77, [(8, 3)])
+    batch[2] = torch.full_like(batch[2], -1)
+    batch[6] = batch[6][:0]
+    caches = make_caches(generator, weights, batch)
+    before = copied(caches)
+    assert cpu.decoder_stack(PackedStack(compiled(ISAS[-1]), weights), caches, *batch).shape == (0, 77)
+    for (keys, values), (old_keys, old_values) in zip(caches, before, strict=True):
+        torch.testing.assert_close(keys, old_keys, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(values, old_values, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        (0, 77, "token id"),
+        (1, 64, "position"),
+        (2, NUM_BLOCKS * BLOCK_SIZE, "slot"),
+        (3, NUM_BLOCKS, "block table"),
+        (4, 1, "query_starts"),
+        (5, 99, "kv_length"),
+        (6, 99, "row of logits"),
+    ],
+)
+def test_what_lies_outside_is_refused_and_nothing_is_written(argument: int, value: int, message: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    weights = make_weights(generator, torch.float32)
+    batch = make_batch(generator, 77, [(6, 2), (1, 3)])
+    caches = make_caches(generator, weights, batch)
+    before = copied(caches)
+    batch[argument] = batch[argument].clone()
+    batch[argument].view(-1)[0] = value
+    stack = ops.pack_stack(weights)
+    if stack is None:
+        pytest.skip("this machine goes layer by layer")
+    with pytest.raises(ValueError, match=message):
+        ops.decoder_stack(stack, caches, *batch)
+    for (keys, _), (old_keys, _) in zip(caches, before, strict=True):
+        torch.testing.assert_close(keys, old_keys, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
+    generator = torch.Generator().manual_seed(8)
+    weights = make_weights(generator, torch.float32)
+    batch = make_batch(generator, 77, [(6, 2)])
+    caches = make_caches(generator, weights, batch)
+    stack = PackedStack(compiled(ISAS[0]), weights)
+    with pytest.raises(ValueError, match="caches"):
+        ops.decoder_stack(stack, caches[:1], *batch)
+    for argument, wrong in ((0, batch[0][:1]), (0, batch[0].int()), (3, batch[3].long()), (5, batch[5][:0])):
+        arguments = [*batch[:argument], wrong, *batch[argument + 1 :]]
+        with pytest.raises(ValueError, match=r"token ids|block tables|kv_lengths"):
+            ops.decoder_stack(stack, caches, *arguments)
