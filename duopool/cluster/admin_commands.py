@@ -70,7 +70,7 @@ def scale(
     address: Address = DEFAULT_ADDRESS,
     wait: Wait = 120.0,
 ) -> None:
-    """Set the size of each named pool; running requests of workers that go are handed on first."""
+    """Set the size of each named pool; running requests of workers that go move to the others first."""
     pools = _parse_sizes(sizes)
     with admin_of(address) as admin:
         admin.Scale(pb.ScaleRequest(pools=pools), timeout=CALL_TIMEOUT_S)
@@ -82,7 +82,7 @@ def drain(
     address: Address = DEFAULT_ADDRESS,
     wait: Wait = 120.0,
 ) -> None:
-    """Hand a worker's running requests on to others and stop it; its pool gets another worker in its stead."""
+    """Move a worker's running requests to others and stop it; its pool gets another worker in its stead."""
     with admin_of(address) as admin:
         admin.Drain(pb.DrainRequest(worker_id=worker_id), timeout=CALL_TIMEOUT_S)
         _wait_until(admin, wait, lambda state: all(worker.worker_id != worker_id for worker in state.workers))

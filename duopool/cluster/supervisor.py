@@ -101,7 +101,9 @@ class Supervisor:
     def view(self) -> ClusterView:
         """The membership now."""
         members = tuple(
-            msgspec.structs.replace(place.info, draining=place.state is PlaceState.DRAINING)
+            msgspec.structs.replace(place.info, draining=True, drain_s=self.config.drain_timeout_s)
+            if place.state is PlaceState.DRAINING
+            else place.info
             for place in self._places.values()
             if place.info is not None
         )

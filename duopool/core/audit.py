@@ -41,6 +41,8 @@ class RequestEntry:
     phase: Phase
     prefill: Member | None
     decode: Member | None
+    shadow: tuple[Member, int] | None = None
+    """Who takes the request over, and under which attempt."""
 
     def must_be_on(self, member: Member) -> bool:
         """Whether the worker would have said so if it had dropped this attempt.
@@ -107,7 +109,7 @@ def _misplaced(member: Member, holder: Holder, before: RouterView) -> str:
         return f"is {holder.phase}, unknown to its router"
     if holder.attempt < entry.attempt:
         return f"is {holder.phase}, its router is at attempt {entry.attempt}"
-    if holder.attempt > entry.attempt:
+    if holder.attempt > entry.attempt and entry.shadow != (member, holder.attempt):
         return f"is {holder.phase}, its router is only at attempt {entry.attempt}"
     if entry.phase is Phase.DECODING and member not in (entry.decode, None) and holder.lease is not None:
         return f"is {holder.phase}, although its decode worker has released it"

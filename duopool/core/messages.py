@@ -74,7 +74,25 @@ class Reserve(Message, frozen=True, kw_only=True):
     request: GenerationRequest
     attempt: int
     local_prefill: bool = False
+    is_moving: bool = False
+    """The request decodes elsewhere and goes on while its blocks are copied from there: more may be listed than the
+    prefix that is known here needs."""
     deadline_s: float | None = None
+
+
+class Migrate(Message, frozen=True, kw_only=True):
+    """To the D that runs `attempt`: list its blocks for `to_attempt`, decode on, and stop when they are copied."""
+
+    request_id: RequestId
+    attempt: int
+    to_attempt: int
+
+
+class Stay(Message, frozen=True, kw_only=True):
+    """To the D that runs the request: `attempt`, to which it was to migrate, was given up; decode on."""
+
+    request_id: RequestId
+    attempt: int
 
 
 class Rebind(Message, frozen=True, kw_only=True):
@@ -108,7 +126,7 @@ class LedgerWanted(Message, frozen=True, kw_only=True):
     audit_id: int
 
 
-# ---- both ways: P -> router, and forwarded router -> D ---------------------------------------------------------------
+# ---- both ways: P or D -> router, and forwarded router -> D ----------------------------------------------------------
 
 
 class BlocksReady(Message, frozen=True, kw_only=True):
@@ -124,9 +142,20 @@ class BlocksReady(Message, frozen=True, kw_only=True):
     """Index in the request's block table of `blocks[0]`."""
     blocks: tuple[SealedBlock, ...]
     first_token: Tokens | None = None
+    output: tuple[int, ...] = ()
+    """With the last one of a migration, from the router: tokens before `first_token` that `Reserve` did not know."""
     queue_s: float = 0.0
     prefill_s: float = 0.0
     num_cached_tokens: int = 0
+
+
+class Copied(Message, frozen=True, kw_only=True):
+    """From the D that takes a migrating request over, forwarded to the one that runs it: what was listed is read."""
+
+    request_id: RequestId
+    attempt: int
+    num_blocks: int
+    """Leading blocks of the request that are there."""
 
 
 # ---- worker -> router ------------------------------------------------------------------------------------------------
@@ -254,8 +283,32 @@ class LedgerReport(Message, frozen=True, kw_only=True):
     ledger: WorkerLedger
 
 
-Command = Prefill | Reserve | BlocksReady | Rebind | Cancel | Heartbeat | SnapshotWanted | LedgerWanted
-Event = Accepted | BlocksReady | Reserved | Joined | Tokens | Nack | KvChanged | KvSnapshot | WorkerLoad | LedgerReport
+Command = (
+    Prefill
+    | Reserve
+    | BlocksReady
+    | Migrate
+    | Copied
+    | Stay
+    | Rebind
+    | Cancel
+    | Heartbeat
+    | SnapshotWanted
+    | LedgerWanted
+)
+Event = (
+    Accepted
+    | BlocksReady
+    | Copied
+    | Reserved
+    | Joined
+    | Tokens
+    | Nack
+    | KvChanged
+    | KvSnapshot
+    | WorkerLoad
+    | LedgerReport
+)
 
 
 class StepReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -338,3 +391,5 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     node_id: str = ""
     pid: int = 0
     draining: bool = False
+    drain_s: float = 0.0
+    """Of a draining worker: it is stopped so long after the drain began, empty or not; 0 is no limit."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from duopool.core.handoff.slot import Slot
-from duopool.core.messages import GenerationRequest, Joined, Reserved
+from duopool.core.messages import Copied, GenerationRequest, Joined, Reserved, Tokens
 from duopool.core.step import Chunk, SampleSpec
-from duopool.core.types import BlockId, BlockKey, RequestId, TokenLogprob
+from duopool.core.types import BlockId, BlockKey, FinishReason, RequestId, TokenLogprob
 from duopool.core.worker import SessionId
 
 
@@ -19,6 +19,8 @@ class DecodePhase(Enum):
     PULLING = auto()
     """Blocks are held for a handoff; `slot` says how far it is."""
     RUNNING = auto()
+    PARKED = auto()
+    """All but its place in the batch: it made its last step here and waits for its new worker to take over."""
     ENDED = auto()
     """Forgotten; the table goes as soon as no running step and no read writes to it."""
 
@@ -122,6 +124,19 @@ class DecodeRequest:
 
     def reserved(self) -> Reserved:
         return Reserved(request_id=self.request_id, attempt=self.attempt, num_cached_tokens=self.num_cached_tokens)
+
+    def copied(self, num_blocks: int) -> Copied:
+        return Copied(request_id=self.request_id, attempt=self.attempt, num_blocks=num_blocks)
+
+    def cut_off(self) -> Tokens:
+        """The end of a request that can get no further token here."""
+        return Tokens(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            index=len(self.output),
+            token_ids=(),
+            finish_reason=FinishReason.LENGTH,
+        )
 
     def joined(self) -> Joined:
         return Joined(

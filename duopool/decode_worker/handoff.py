@@ -18,7 +18,7 @@ from duopool.decode_worker.decode_request import DecodeRequest
 from duopool.engine.failpoints import Failpoint, reach
 from duopool.engine.transfer.transport import BlockReader, ReadOutcome
 
-Outcome = slots.Join | slots.Refuse | slots.GiveBack
+Outcome = slots.Join | slots.Report | slots.Refuse | slots.GiveBack
 """What the worker itself must do for a handoff."""
 
 

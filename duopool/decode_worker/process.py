@@ -1,10 +1,11 @@
-"""Assembles a decode worker over a real model: its reader is the only thing that it needs besides."""
+"""Assembles a decode worker over a real model, its reader, and a source for those that take over from it."""
 
 from __future__ import annotations
 
 from duopool.core.config import WorkerConfig
 from duopool.decode_worker.worker import DecodeWorker
 from duopool.engine.transfer.factory import make_reader
+from duopool.engine.transfer.source_service import SourceService
 from duopool.engine.worker_process import Assembly, WorkerParts, WorkerProcess
 
 
@@ -14,13 +15,10 @@ def decode_process(config: WorkerConfig) -> WorkerProcess:
 
 
 def assemble(parts: WorkerParts) -> Assembly:
-    """The worker and its reader."""
+    """The worker, its reader and its KV source."""
+    transport, store = parts.config.handoff.transport, parts.runner.store
     reader = make_reader(
-        parts.config.handoff.transport,
-        parts.runner.store,
-        worker_id=parts.worker_id,
-        incarnation=parts.incarnation,
-        access=parts.access,
+        transport, store, worker_id=parts.worker_id, incarnation=parts.incarnation, access=parts.access
     )
     worker = DecodeWorker(
         config=parts.config,
@@ -28,6 +26,13 @@ def assemble(parts: WorkerParts) -> Assembly:
         manager=parts.manager,
         runner=parts.runner,
         reader=reader,
-        clock=parts.clock,
+        identity=parts.identity,
+        surroundings=parts.surroundings,
     )
-    return Assembly(worker=worker, add_services=lambda server: None, close=reader.close)
+    source = SourceService(transport, store, worker, worker_id=parts.worker_id, incarnation=parts.incarnation)
+
+    def close() -> None:
+        reader.close()
+        source.close()
+
+    return Assembly(worker=worker, add_services=source.add_to, close=close)

@@ -31,6 +31,7 @@ class DecodeScheduler:
         self.pulling: list[DecodeRequest] = []
         """They hold blocks that a read may write to; ended ones stay until their reads have ended."""
         self.running: list[DecodeRequest] = []
+        self.parked: list[DecodeRequest] = []
         self.num_preemptions = 0
         self._manager = manager
         self._config = config
@@ -53,16 +54,28 @@ class DecodeScheduler:
         request.phase = DecodePhase.RUNNING
         insort(self.running, request, key=_order)
 
+    def park(self, request: DecodeRequest) -> None:
+        """The request keeps its blocks and gets no more steps."""
+        self.running.remove(request)
+        request.phase = DecodePhase.PARKED
+        self.parked.append(request)
+
+    def unpark(self, request: DecodeRequest) -> None:
+        """The request decodes on."""
+        self.parked.remove(request)
+        request.phase = DecodePhase.RUNNING
+        insort(self.running, request, key=_order)
+
     def remove(self, request: DecodeRequest) -> None:
         """Take a request out of its queue. Its table is the caller's to free."""
-        for queue in (self.waiting, self.pulling, self.running):
+        for queue in (self.waiting, self.pulling, self.running, self.parked):
             if request in queue:
                 queue.remove(request)
 
     def admit(self) -> list[DecodeRequest]:
         """Give blocks to waiting requests, in order, as long as there is head-room; return those that got them."""
         admitted = []
-        while self.waiting and len(self.pulling) + len(self.running) < self._config.max_num_seqs:
+        while self.waiting and self._num_seqs < self._config.max_num_seqs:
             request = self.waiting[0]
             if not self._open_table(request):
                 break
@@ -96,8 +109,14 @@ class DecodeScheduler:
         assert all(one.phase is DecodePhase.WAITING and not self._manager.has(one.table) for one in self.waiting)
         assert not any(one.num_computed_tokens for one in self.waiting)
         assert all(one.phase is DecodePhase.RUNNING and self._manager.has(one.table) for one in self.running)
-        assert all(self._manager.has(one.table) for one in self.pulling)
-        assert len(self.pulling) + len(self.running) <= self._config.max_num_seqs
+        assert all(self._manager.has(one.table) for one in (*self.pulling, *self.parked))
+        assert all(one.phase is DecodePhase.PARKED for one in self.parked)
+        assert self._num_seqs <= self._config.max_num_seqs
+
+    @property
+    def _num_seqs(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self.pulling) + len(self.running) + len(self.parked)
 
     def _chunk(self, request: DecodeRequest, num_tokens: int) -> Chunk:
         return request.chunk(num_tokens, self._manager.block_ids(request.table), self._eos_token_ids)

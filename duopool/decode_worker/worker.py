@@ -3,11 +3,13 @@
 1. `Reserve` lets a request wait for head-room; `Reserved` tells the router when it has it. 2. Every `BlocksReady`
 starts a read of the blocks that are not cached here, while the prefill worker still computes. 3. When all is read and
 the prefill worker has confirmed its lease, the request joins the batch behind its first token. 4. Every step gives each
-running request one token. A `Reserve` with `local_prefill` skips 2 and 3: the prefix is computed here.
+running request one token. A `Reserve` with `local_prefill` skips 2 and 3: the prefix is computed here. 5. After
+`Migrate` a running request goes over to another decode worker, which reads its blocks from here.
 
-Handoffs are driven by `handoff.py`; here is what they mean for queues, blocks and the router. Commands and the reader's
-answers are taken while a step runs: the lock covers bookkeeping only, and the reader is called without it. A request
-that ends while a step or a read may write to its blocks keeps them until that has ended.
+Handoffs are driven by `handoff.py`, migrations by `departures.py`; here is what they mean for queues, blocks and the
+router. Commands and the reader's answers are taken while a step runs: the lock covers bookkeeping only, and the reader
+is called without it. A request that ends while a step or a read may write to its blocks keeps them until that has
+ended.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from duopool.core.config import WorkerConfig
+from duopool.core.errors import OutOfBlocks
 from duopool.core.handoff import slot as slots
 from duopool.core.handoff.slot import Slot
 from duopool.core.kv_manager import KVCacheManager
@@ -25,35 +28,43 @@ from duopool.core.messages import (
     BlocksReady,
     Cancel,
     Command,
+    Copied,
     Heartbeat,
     LedgerReport,
     LedgerWanted,
+    Migrate,
     NackReason,
     Prefill,
+    ReadBlocks,
     Rebind,
     Reserve,
     SnapshotWanted,
-    Tokens,
+    Stay,
+    Validate,
+    Verdict,
     WorkerLoad,
 )
-from duopool.core.step import Chunk, Runner, SampledToken, StepPlan, StepResult
-from duopool.core.types import FinishReason, RequestId
+from duopool.core.step import Runner, StepPlan, StepResult
+from duopool.core.types import BlockId, LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId
 from duopool.decode_worker.decode_request import DecodePhase, DecodeRequest, table_name
+from duopool.decode_worker.departures import Departures
+from duopool.decode_worker.emitter import Emitter
 from duopool.decode_worker.handoff import Answer, Handoffs, Outcome
 from duopool.decode_worker.holder import holder
 from duopool.decode_worker.scheduler import DecodeScheduler
 from duopool.engine.arrivals import Arrivals, Standing
 from duopool.engine.failpoints import Failpoint, reach
+from duopool.engine.leases import SourceIdentity
 from duopool.engine.ledger import make_ledger, unique
-from duopool.engine.next_token import next_token
 from duopool.engine.outbox import Outbox
 from duopool.engine.served_model import ServedModel
+from duopool.engine.surroundings import Surroundings
 from duopool.engine.transfer.transport import BlockReader
 
 
 class DecodeWorker:
-    """Implements `core.worker.Worker`."""
+    """Implements `core.worker.Worker` and `engine.transfer.transport.LeaseKeeper`."""
 
     def __init__(
         self,
@@ -63,14 +74,15 @@ class DecodeWorker:
         manager: KVCacheManager,
         runner: Runner,
         reader: BlockReader,
-        clock: Callable[[], float],
+        identity: SourceIdentity,
+        surroundings: Surroundings,
     ) -> None:
         self.on_change: Callable[[], None] = lambda: None
         """Called without the lock when something happened outside of handle, step and tick."""
         self._model = model
         self._manager = manager
         self._runner = runner
-        self._clock = clock
+        self._clock = surroundings.clock
         self._timers = config.handoff
         self._max_tokens = manager.num_blocks * manager.block_size + 1
         """Longest sequence the pool can bring forth: the last token needs no KV."""
@@ -78,7 +90,15 @@ class DecodeWorker:
         self._outbox = Outbox()
         self._requests: dict[RequestId, DecodeRequest] = {}
         self._arrivals = Arrivals(model, config.handoff, max_num_waiting=config.scheduler.max_num_waiting)
-        self._handoffs = Handoffs(reader, on_answer=self._take_answer, clock=clock)
+        self._handoffs = Handoffs(reader, on_answer=self._take_answer, clock=surroundings.clock)
+        self._departures = Departures(
+            identity,
+            manager=manager,
+            outbox=self._outbox,
+            surroundings=surroundings,
+            ttl_s=config.handoff.lease_ttl_s,
+        )
+        self._emitter = Emitter(model, manager, self._outbox, max_tokens=self._max_tokens)
         self._in_step: list[DecodeRequest] = []
         self._num_arrived = 0
         self._num_steps = 0
@@ -108,6 +128,12 @@ class DecodeWorker:
                     self._blocks_ready(command, session, now=now)
                 case Cancel():
                     self._cancel(command, now=now)
+                case Migrate():
+                    self._migrate(command, session, now=now)
+                case Copied():
+                    self._departures.copied(command)
+                case Stay():
+                    self._departures.stay(command)
                 case SnapshotWanted():
                     self._outbox.say_kv_snapshot(session, self._manager)
                 case LedgerWanted(audit_id=audit_id):
@@ -124,10 +150,12 @@ class DecodeWorker:
             self._end_late(now=now)
             self._admit()
             plan = self._schedule()
+            listings = self._departures.plan(self._in_step)
         if plan.is_empty:
             return False
         try:
             result = self._runner.execute(plan)
+            sealed = self._departures.seal(listings)
             reach(Failpoint.DECODING)
         except Exception as error:
             with self._lock:
@@ -135,6 +163,8 @@ class DecodeWorker:
             raise
         with self._changing():
             self._commit(plan, result, started_at=now)
+            for request in self._departures.commit(listings, sealed, now=self._clock()):
+                self._scheduler.park(request)
         return True
 
     def tick(self, *, now: float) -> None:
@@ -143,6 +173,7 @@ class DecodeWorker:
             for request in list(self._requests.values()):
                 if self._outbox.is_silent(request.session, now=now, limit_s=self._timers.orphan_ttl_s):
                     self._nack(request, NackReason.STALE, "the router was silent for too long")
+            self._departures.tick(now=now)
             self._arrivals.sweep(now=now)
             self._outbox.sweep(now=now, limit_s=self._timers.orphan_ttl_s)
             self._outbox.say_load(self._load())
@@ -158,7 +189,8 @@ class DecodeWorker:
     @property
     def is_idle(self) -> bool:
         with self._lock:
-            return not self._requests and not self._scheduler.pulling and not self._in_step
+            is_busy = self._requests or self._scheduler.pulling or self._in_step or self._departures
+            return not is_busy
 
     def drain(self) -> None:
         """Refuse new requests from now on; those that are here go on."""
@@ -169,11 +201,28 @@ class DecodeWorker:
         with self._lock:
             self._check()
 
+    # ---- LeaseKeeper ---------------------------------------------------------------------------------------------
+
+    def begin_read(self, read: ReadBlocks) -> str:
+        with self._lock:
+            return self._departures.begin_read(read, now=self._clock())
+
+    def end_read(self, lease_id: LeaseId) -> None:
+        with self._changing():
+            self._departures.end_read(lease_id)
+        self.on_change()
+
+    def validate(self, validate: Validate) -> Verdict:
+        with self._lock:
+            return self._departures.validate(validate, now=self._clock())
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Hold the lock; let what was freed be taken and what happened be told; then make the reader's calls."""
         with self._lock:
             yield
+            for request in [one for one in self._scheduler.parked if not self._departures.is_parked(one)]:
+                self._scheduler.unpark(request)
             self._admit()
             self._outbox.say_kv_changes(self._manager)
             calls = self._handoffs.take_calls()
@@ -218,7 +267,7 @@ class DecodeWorker:
             order=self._num_arrived,
             deadline_at=None if command.deadline_s is None else now + command.deadline_s,
             keys=self._manager.keys(request.token_ids, request.cache_salt),
-            slot=None if command.local_prefill else Slot(attempt=command.attempt),
+            slot=None if command.local_prefill else Slot(attempt=command.attempt, is_moving=command.is_moving),
             output=list(request.output_token_ids),
         )
         self._requests[request.request_id] = decode_request
@@ -232,12 +281,24 @@ class DecodeWorker:
         if request.slot is None or request.attempt != message.attempt:
             return
         num_listed = message.first_block + len(message.blocks)
-        if num_listed > self._manager.blocks_for(len(request.request.token_ids)):
-            self._nack(request, NackReason.TRANSFER_FAILED, f"{num_listed} blocks are more than the prefix has")
-            return
-        if request.has_begun:
-            reach(Failpoint.RESERVED)
-        self._do(request, self._handoffs.advance(request, slots.Listed(message)))
+        num_wanted = self._manager.blocks_for(len(request.request.token_ids) + len(message.output))
+        is_last, is_moving = message.first_token is not None, request.slot.is_moving
+        if (num_listed > num_wanted and not (is_moving and not is_last)) or (is_last and num_listed != num_wanted):
+            self._nack(request, NackReason.TRANSFER_FAILED, f"{num_listed} blocks for a prefix of {num_wanted}")
+        elif is_moving and not self._make_room(request, num_listed):
+            self._nack(request, NackReason.BUSY, f"no room for the {num_listed} blocks that the request has grown to")
+        else:
+            if request.has_begun:
+                reach(Failpoint.RESERVED)
+            self._do(request, self._handoffs.advance(request, slots.Listed(message, self._table(request))))
+
+    def _migrate(self, command: Migrate, session: SessionId, *, now: float) -> None:
+        request = self._requests.get(command.request_id)
+        if request is not None and request.attempt == command.attempt:
+            self._departures.begin(command, request, now=now)
+        else:
+            detail = f"attempt {command.attempt} is not here"
+            self._outbox.refuse(session, command.request_id, command.to_attempt, NackReason.LEASE_LOST, detail)
 
     def _never_reserved(self, message: BlocksReady, session: SessionId, *, now: float) -> None:
         """Blocks of an attempt that is unknown here: unless it is over, its Reserve went astray and must not come."""
@@ -260,10 +321,27 @@ class DecodeWorker:
             is_new, request.has_begun = not request.has_begun, True
             if is_new:
                 self._outbox.say(request.session, request.reserved())
-            if request.slot is not None:
-                num_cached_blocks = request.num_cached_tokens // self._manager.block_size
-                blocks = tuple(self._manager.block_ids(request.table))
-                self._do(request, self._handoffs.advance(request, slots.Granted(blocks, num_cached_blocks)))
+            if request.slot is None:
+                continue
+            if not self._make_room(request, len(request.slot.sealed)):
+                self._nack(request, NackReason.BUSY, "no room for the blocks that the request has grown to")
+                continue
+            num_cached_blocks = request.num_cached_tokens // self._manager.block_size
+            granted = slots.Granted(self._table(request), num_cached_blocks)
+            self._do(request, self._handoffs.advance(request, granted))
+
+    def _table(self, request: DecodeRequest) -> tuple[BlockId, ...]:
+        """The request's blocks; none while it waits."""
+        return tuple(self._manager.block_ids(request.table)) if self._manager.has(request.table) else ()
+
+    def _make_room(self, request: DecodeRequest, num_blocks: int) -> bool:
+        """Let the table hold `num_blocks` blocks, if there is one; a request that moves here grows on its way."""
+        try:
+            if self._manager.has(request.table):
+                self._manager.reserve(request.table, num_blocks * self._manager.block_size)
+        except OutOfBlocks:
+            return False
+        return True
 
     def _take_answer(self, request: DecodeRequest, answer: Answer) -> None:
         with self._changing():
@@ -274,8 +352,10 @@ class DecodeWorker:
         """What a handoff wants from the batch, the blocks and the router."""
         for outcome in outcomes:
             match outcome:
-                case slots.Join(first_token=first_token):
-                    self._join(request, first_token)
+                case slots.Join():
+                    self._join(request, outcome)
+                case slots.Report(num_blocks=num_blocks):
+                    self._outbox.say(request.session, request.copied(num_blocks))
                 case slots.Refuse(reason=reason, detail=detail):
                     self._outbox.refuse(request.session, request.request_id, request.attempt, reason, detail)
                     self._forget(request, now=self._clock())
@@ -284,25 +364,20 @@ class DecodeWorker:
                     if self._manager.has(request.table):
                         self._manager.free(request.table)
 
-    def _join(self, request: DecodeRequest, first_token: Tokens) -> None:
+    def _join(self, request: DecodeRequest, join: slots.Join) -> None:
         """Every block is here and confirmed: publish them and decode behind the first token."""
         reach(Failpoint.VALIDATED)
+        request.output += join.output
+        self._manager.append(request.table, join.output)
         request.num_computed_tokens = request.num_tokens
         self._manager.publish(request.table, request.num_computed_tokens)
-        self._manager.append(request.table, first_token.token_ids)
-        request.output += first_token.token_ids
+        self._manager.append(request.table, join.first_token.token_ids)
+        request.output += join.first_token.token_ids
         self._scheduler.join(request)
         self._outbox.say(request.session, request.joined())
         if request.num_tokens >= min(self._model.max_model_len, self._max_tokens):
             # The prefill worker's limit is longer than ours: there is no room for a single step.
-            last = Tokens(
-                request_id=request.request_id,
-                attempt=request.attempt,
-                index=len(request.output),
-                token_ids=(),
-                finish_reason=FinishReason.LENGTH,
-            )
-            self._outbox.say(request.session, last)
+            self._outbox.say(request.session, request.cut_off())
             self._end(request, now=self._clock())
 
     # ---- steps ---------------------------------------------------------------------------------------------------
@@ -323,38 +398,14 @@ class DecodeWorker:
         self._step_s = now - started_at
         for request, chunk in zip(requests, plan.chunks, strict=True):
             request.is_in_step = False
-            self._commit_chunk(request, chunk, result, now=now)
+            has_all_tokens = self._emitter.take(request, chunk, result)
+            if request.phase is DecodePhase.ENDED:
+                self._manager.free(request.table)
+            elif has_all_tokens:
+                reach(Failpoint.FINISHING)
+                self._end(request, now=now)
         self._outbox.say_kv_changes(self._manager)
         self._outbox.say_load(self._load())
-
-    def _commit_chunk(self, request: DecodeRequest, chunk: Chunk, result: StepResult, *, now: float) -> None:
-        request.num_computed_tokens += len(chunk.token_ids)
-        self._manager.publish(request.table, request.num_computed_tokens)
-        if request.phase is DecodePhase.ENDED:
-            self._manager.free(request.table)
-            return
-        request.prompt_logprobs += result.prompt_logprobs.get(request.table, ())
-        if chunk.sample is not None:
-            self._emit(request, result.tokens[request.table], now=now)
-
-    def _emit(self, request: DecodeRequest, sampled: SampledToken, *, now: float) -> None:
-        """Append the new token and tell the router; the request ends if this was its last."""
-        request.output.append(sampled.token_id)
-        self._manager.append(request.table, (sampled.token_id,))
-        tokens = next_token(
-            self._model,
-            request.request,
-            sampled,
-            attempt=request.attempt,
-            index=len(request.output) - 1,
-            max_tokens=self._max_tokens,
-            prompt_logprobs=request.prompt_logprobs,
-        )
-        request.prompt_logprobs.clear()
-        self._outbox.say(request.session, tokens)
-        if tokens.finish_reason is not None:
-            reach(Failpoint.FINISHING)
-            self._end(request, now=now)
 
     def _blame(self, error: Exception) -> None:
         """The engine failed. A request that was alone in the step is told that it was the cause."""
@@ -377,6 +428,7 @@ class DecodeWorker:
         """Remember only that this attempt is over; queues and blocks follow."""
         if request.phase is not DecodePhase.ENDED:
             request.phase = DecodePhase.ENDED
+            self._departures.forget(request)
             del self._requests[request.request_id]
             self._arrivals.bury(request.request_id, request.attempt, now=now)
 
@@ -397,10 +449,13 @@ class DecodeWorker:
     def _check(self) -> None:
         self._manager.check()
         self._scheduler.check()
-        queued = [*self._scheduler.waiting, *self._scheduler.pulling, *self._scheduler.running]
+        self._departures.check()
+        scheduler = self._scheduler
+        queued = [*scheduler.waiting, *scheduler.pulling, *scheduler.running, *scheduler.parked]
         alive = [one for one in queued if one.phase is not DecodePhase.ENDED]
         assert {id(one) for one in alive} == {id(one) for one in self._requests.values()}
-        for request in self._scheduler.running:
+        assert all(self._departures.is_parked(request) for request in scheduler.parked)
+        for request in scheduler.running:
             assert 0 < request.num_missing_tokens <= request.num_tokens
 
     def _ledger(self, asker: SessionId, *, now: float) -> WorkerLedger:
@@ -413,7 +468,7 @@ class DecodeWorker:
     def _load(self) -> WorkerLoad:
         return WorkerLoad(
             num_waiting=len(self._scheduler.waiting) + len(self._scheduler.pulling),
-            num_running=len(self._scheduler.running),
+            num_running=len(self._scheduler.running) + len(self._scheduler.parked),
             num_pending_tokens=self._scheduler.num_pending_tokens,
             num_blocks=self._manager.num_blocks,
             num_free_blocks=self._manager.num_free,
@@ -422,5 +477,6 @@ class DecodeWorker:
             num_computed_tokens=self._num_computed_tokens,
             num_pulled_blocks=self._handoffs.num_pulled_blocks,
             num_preemptions=self._scheduler.num_preemptions,
+            num_leases=len(self._departures),
             step_s=self._step_s,
         )

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,14 +20,17 @@ import torch
 from duopool.core.config import WorkerConfig
 from duopool.core.kv_manager import KVCacheManager
 from duopool.core.messages import WorkerInfo
-from duopool.core.types import Incarnation, WorkerId
+from duopool.core.types import Incarnation, LeaseId, WorkerId
 from duopool.core.worker import Worker
 from duopool.engine import failpoints
+from duopool.engine.leases import SourceIdentity
 from duopool.engine.model_digest import model_digest
 from duopool.engine.model_source import resolve_model
 from duopool.engine.runner import ModelRunner
 from duopool.engine.served_model import ServedModel
 from duopool.engine.step_loop import StepLoop
+from duopool.engine.surroundings import Surroundings
+from duopool.engine.transfer.digest import seal
 
 if TYPE_CHECKING:
     from duopool.proto.internal_access import InternalAccess
@@ -64,6 +68,18 @@ class WorkerParts:
     @property
     def worker_id(self) -> WorkerId:
         return WorkerId(self.config.worker_id)
+
+    @property
+    def identity(self) -> SourceIdentity:
+        return SourceIdentity(worker_id=self.worker_id, incarnation=self.incarnation, source_address=self.address)
+
+    @property
+    def surroundings(self) -> Surroundings:
+        return Surroundings(
+            seal=partial(seal, self.runner.store),
+            new_lease_id=lambda: LeaseId(secrets.randbits(63)),
+            clock=self.clock,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from duopool.core.config import WorkerConfig
 from duopool.core.kv_manager import KVCacheManager
@@ -42,26 +41,17 @@ from duopool.core.types import LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId
 from duopool.engine.arrivals import Arrivals, Standing
 from duopool.engine.failpoints import Failpoint, reach
+from duopool.engine.leases import LeaseBook, SourceIdentity
 from duopool.engine.ledger import make_ledger, unique
 from duopool.engine.next_token import next_token
 from duopool.engine.outbox import Outbox
+from duopool.engine.sealer import Sealer
 from duopool.engine.served_model import ServedModel
+from duopool.engine.surroundings import Surroundings
 from duopool.prefill_worker.holder import holder
-from duopool.prefill_worker.leases import LeaseBook, SourceIdentity
 from duopool.prefill_worker.prefill_request import PrefillPhase, PrefillRequest, table_name
 from duopool.prefill_worker.scheduler import PrefillScheduler
-from duopool.prefill_worker.sealing import SealBlocks, Sealer, Stretch, stretch_of
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """Time, randomness and tensors, as the worker sees them."""
-
-    seal: SealBlocks
-    new_lease_id: Callable[[], LeaseId]
-    """Ids that were never used before, by any life of any worker."""
-    clock: Callable[[], float]
-    """The clock that every `now` is taken from."""
+from duopool.prefill_worker.stretch import Stretch, stretch_of
 
 
 class PrefillWorker:
@@ -88,7 +78,7 @@ class PrefillWorker:
         self._scheduler = PrefillScheduler(manager, config.scheduler, eos_token_ids=model.eos_token_ids)
         self._outbox = Outbox()
         self._requests: dict[RequestId, PrefillRequest] = {}
-        self._leases = LeaseBook(
+        self._leases: LeaseBook[PrefillRequest] = LeaseBook(
             identity, manager=manager, new_lease_id=surroundings.new_lease_id, ttl_s=config.handoff.lease_ttl_s
         )
         self._arrivals = Arrivals(model, config.handoff, max_num_waiting=config.scheduler.max_num_waiting)
@@ -146,7 +136,7 @@ class PrefillWorker:
             return False
         try:
             result = self._runner.execute(plan)
-            sealed = [self._sealer.seal(stretch) for stretch in stretches]
+            sealed = [self._sealer.seal(stretch.finished, stretch.generations) for stretch in stretches]
             reach(Failpoint.FILLING)
         except Exception as error:
             with self._lock:
@@ -398,6 +388,10 @@ class PrefillWorker:
         self._manager.check()
         self._scheduler.check()
         self._leases.check()
+        for held in self._leases.holders:
+            assert self._manager.has(held.table)
+            is_read = held.lease is not None and held.lease.num_readers > 0
+            assert held.phase is not PrefillPhase.ENDED or held.is_in_step or is_read
         for request in self._requests.values():
             assert request.phase is not PrefillPhase.ENDED
             assert (request.phase is PrefillPhase.WAITING) != self._manager.has(request.table)

@@ -1,25 +1,49 @@
-"""Empties decode workers that drain: their running requests go on elsewhere.
+"""Empties decode workers that drain: their running requests go over to others while they stream.
 
-Owns when which request leaves. How a request leaves without losing a token is its own affair (`core/handoff/`), and who
-drains is the supervisor's. Nobody leaves before another decode worker is there to take requests.
+Owns when which request leaves. How it leaves without losing a token is its own affair (`core/handoff/migration.py`),
+and who drains is the supervisor's. Few move at a time, so that neither side's steps are held up by copies. One that
+cannot be moved, or is left when the drain's time is nearly up, goes on elsewhere by its tokens. Nobody leaves before
+another decode worker is there to take requests.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from duopool.core.types import Role
-from duopool.router.pools import Pools
+from duopool.core.handoff.request import Member
+from duopool.core.messages import WorkerInfo
+from duopool.core.types import RequestId, Role
+from duopool.router.pools import Life, Pools
 
 LOOK_S = 0.02
 """Time between two looks at workers that drain."""
+MAX_MOVING = 4
+"""Requests that leave one worker at the same time."""
+MAX_TRIES = 3
+"""A request whose migration failed so often leaves by its tokens."""
+FALLBACK_SHARE = 0.75
+"""Share of a drain's time after which nobody is moved any more: all that are left leave by their tokens."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Drain:
+    """One worker that is to be empty."""
+
+    began_at: float
+    tries: Counter[RequestId] = field(default_factory=Counter)
 
 
 class Evacuation:
     """`run` for as long as the router; `wake` whenever the membership may have changed."""
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: Pools, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._pools = pools
+        self._clock = clock
+        self._drains: dict[Member, _Drain] = {}
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -30,17 +54,32 @@ class Evacuation:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._pools.draining(Role.DECODE):
-                self.look()
+            while self.look():
                 await asyncio.sleep(LOOK_S)
 
-    def look(self) -> None:
-        """Let every request that decodes on a draining worker leave, if there is somewhere to go."""
-        pools = self._pools
-        if not pools.num_ready(Role.DECODE):
-            return
-        for info in pools.draining(Role.DECODE):
-            member = pools.member_of(info)
-            for life in pools.lives:
-                if life.decodes_on(member):
-                    life.evict(member)
+    def look(self) -> bool:
+        """Let requests leave as they can; False if no worker drains."""
+        pools, now = self._pools, self._clock()
+        draining = {pools.member_of(info): info for info in pools.draining(Role.DECODE)}
+        self._drains = {member: self._drains.get(member, _Drain(began_at=now)) for member in draining}
+        if pools.num_ready(Role.DECODE):
+            for member, info in draining.items():
+                self._lead_out(member, info, self._drains[member], now)
+        return bool(draining)
+
+    def _lead_out(self, member: Member, info: WorkerInfo, drain: _Drain, now: float) -> None:
+        lives = [life for life in self._pools.lives if life.decodes_on(member)]
+        is_late = bool(info.drain_s) and now - drain.began_at >= FALLBACK_SHARE * info.drain_s
+        num_free = MAX_MOVING - sum(life.is_moving for life in lives)
+        for life in lives:
+            if is_late or (not life.is_moving and drain.tries[life.request_id] >= MAX_TRIES):
+                life.evict(member)
+            elif num_free > 0 and not life.is_moving:
+                num_free -= self._move(life, drain)
+
+    @staticmethod
+    def _move(life: Life, drain: _Drain) -> bool:
+        """Try to get the request going; False if nobody can take it now."""
+        life.move()
+        drain.tries[life.request_id] += life.is_moving
+        return life.is_moving

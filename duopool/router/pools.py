@@ -17,19 +17,15 @@ from typing import Protocol
 from duopool.core.audit import RequestEntry, RouterView
 from duopool.core.config import RouterConfig
 from duopool.core.errors import DuopoolError
-from duopool.core.handoff.request import Member, Phase, Route
+from duopool.core.handoff.request import Member, Phase, Route, WorkerMessage
 from duopool.core.messages import (
-    Accepted,
-    BlocksReady,
     Cancel,
     Command,
     Event,
-    Joined,
     KvChanged,
     KvSnapshot,
     LedgerReport,
     Nack,
-    Reserved,
     SnapshotWanted,
     Tokens,
     WorkerInfo,
@@ -45,7 +41,7 @@ from duopool.router.watch import RequestRecord
 
 log = logging.getLogger(__name__)
 
-RequestMessage = Accepted | BlocksReady | Reserved | Joined | Tokens | Nack
+RequestMessage = WorkerMessage
 
 
 class Life(Protocol):
@@ -66,6 +62,15 @@ class Life(Protocol):
 
     def decodes_on(self, member: Member) -> bool:
         """Whether that worker's batch holds the request."""
+        ...
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether it is just going over from one decode worker to another."""
+        ...
+
+    def move(self) -> None:
+        """Go over to another decode worker without a pause, if one can take it."""
         ...
 
     def evict(self, member: Member) -> None:

@@ -26,6 +26,7 @@ from duopool.core.handoff.request import (
     Heard,
     Lost,
     Member,
+    Moved,
     NeedRoute,
     Phase,
     RequestEvent,
@@ -139,6 +140,8 @@ class RequestLife:
     def hear(self, member: Member, message: RequestMessage) -> None:
         if message.attempt == self._state.attempt:
             self._note(member, message)
+        elif isinstance(message, Nack):
+            self._search.refused(member, message, now=self._clock())
         self._feed(Heard(member, message))
 
     def lose(self, member: Member) -> None:
@@ -161,7 +164,17 @@ class RequestLife:
 
     def decodes_on(self, member: Member) -> bool:
         state = self._state
-        return state.phase is Phase.DECODING and state.route is not None and state.route.decode == member
+        is_decoding = state.phase in (Phase.DECODING, Phase.MIGRATING)
+        return is_decoding and state.route is not None and state.route.decode == member
+
+    @property
+    def is_moving(self) -> bool:
+        return self._state.phase is Phase.MIGRATING
+
+    def move(self) -> None:
+        target = self._search.find_decode(self._state, now=self._clock())
+        if target is not None:
+            self._feed(Moved(target))
 
     def evict(self, member: Member) -> None:
         self._feed(Evicted(member))
@@ -173,6 +186,7 @@ class RequestLife:
             phase=state.phase,
             prefill=route.prefill if route else None,
             decode=route.decode if route else None,
+            shadow=(state.shadow.decode, state.shadow.attempt) if state.shadow else None,
         )
 
     def record(self) -> RequestRecord:
@@ -194,9 +208,9 @@ class RequestLife:
 
     def computes_on(self, member: Member) -> bool:
         state, route = self._state, self._state.route
-        if route is None or state.phase not in (Phase.PREFILLING, Phase.DECODING):
+        if route is None or state.phase not in (Phase.PREFILLING, Phase.DECODING, Phase.MIGRATING):
             return False
-        is_decoding = state.phase is Phase.DECODING or route.prefill is None
+        is_decoding = state.phase is not Phase.PREFILLING or route.prefill is None
         return member == (route.decode if is_decoding else route.prefill)
 
     # ---- actions ----------------------------------------------------------------------------------------------------

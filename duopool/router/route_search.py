@@ -46,6 +46,21 @@ class RouteSearch:
             self._cancel_timers()
         return route
 
+    def find_decode(self, state: RequestState, *, now: float) -> Member | None:
+        """A decode worker that can take the running request over; None if there is nobody but its own."""
+        self._refused = {member: until for member, until in self._refused.items() if until > now}
+        route, pools = state.route, self._pools
+        if route is None:
+            return None
+        num_tokens = len(state.request.prompt_token_ids) + len(state.output)
+        refused = {*self._refused, route.decode}
+        found = pools.route_decode(
+            route.decode, num_tokens, self._keys_of_prefix(state), excluded=state.excluded, refused=refused
+        )
+        if found is not None:
+            pools.loads.routed(found.decode, state.request.request_id, 0)
+        return None if found is None else found.decode
+
     def refused(self, member: Member, nack: Nack, *, now: float) -> None:
         """A member said no; one that is busy or draining is left alone for a while."""
         if nack.reason is NackReason.BUSY:

@@ -70,7 +70,7 @@ class RouterServer:
         self._health = health.aio.HealthServicer()
         self._tasks: tuple[asyncio.Task[None], ...] = ()
         self._health_wake = asyncio.Event()
-        self._evacuation = Evacuation(self.pools)
+        self._evacuation = Evacuation(self.pools, clock=clock)
         model_id = config.model.served_model_name or config.model.model
         control = ControlService(self.pools, command_timeout_s=command_timeout_s)
         self.metrics = Metrics(self.pools, model_id=model_id, prefix=config.metrics_prefix)

@@ -22,6 +22,7 @@ from duopool.core.messages import (
     BlocksReady,
     Cancel,
     Command,
+    Copied,
     Event,
     GenerationRequest,
     Heartbeat,
@@ -30,6 +31,7 @@ from duopool.core.messages import (
     LeaseRef,
     LedgerReport,
     LedgerWanted,
+    Migrate,
     Nack,
     NackReason,
     Prefill,
@@ -114,10 +116,14 @@ class FakeWorker:
         self.stalled = False
         """Say only that no step was made."""
         self.draining = False
+        self.drain_s = 0.0
         self.holders: list[Holder] = []
         """What it says that it holds when it is audited."""
         self.running: dict[str, asyncio.Task[None]] = {}
         self._reserved: dict[tuple[str, int], GenerationRequest] = {}
+        self._moving_here: set[str] = set()
+        self._outputs: dict[str, list[int]] = {}
+        """Tokens of the requests that decode here."""
         self._num_steps = 0
         self._sessions: list[asyncio.Queue[Event]] = []
         self._homes: dict[str, asyncio.Queue[Event]] = {}
@@ -139,6 +145,7 @@ class FakeWorker:
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
             draining=self.draining,
+            drain_s=self.drain_s,
         )
 
     def received(self, kind: type) -> list:
@@ -230,12 +237,26 @@ class FakeWorker:
             case Reserve(request=request, attempt=attempt, local_prefill=local):
                 self.say(Reserved(request_id=request.request_id, attempt=attempt, num_cached_tokens=0))
                 self._reserved[request.request_id, attempt] = request
+                if command.is_moving:
+                    self._moving_here.add(request.request_id)
                 if local:
                     self._run(request, self._decode(request, attempt, request.output_token_ids))
-            case BlocksReady(request_id=request_id, attempt=attempt, first_token=first) if first is not None:
+            case BlocksReady(request_id=request_id, attempt=attempt, first_token=first):
                 request = self._reserved.get((request_id, attempt))
-                if request is not None:
-                    self._run(request, self._join(request, attempt, first))
+                if request is not None and first is not None:
+                    self._run(request, self._join(request, attempt, command.output, first))
+                elif request is not None and request_id in self._moving_here:
+                    num_blocks = command.first_block + len(command.blocks)
+                    self.say(Copied(request_id=request_id, attempt=attempt, num_blocks=num_blocks))
+            case Migrate(request_id=request_id, to_attempt=to_attempt):
+                self.say(self._listing(request_id, to_attempt, None))
+            case Copied(request_id=request_id, attempt=attempt) if request_id in self.running:
+                self.running.pop(request_id).cancel()
+                output = self._outputs[request_id]
+                last = Tokens(
+                    request_id=request_id, attempt=attempt, index=len(output) - 1, token_ids=tuple(output[-1:])
+                )
+                self.say(self._listing(request_id, attempt, last))
             case Cancel(request_id=request_id):
                 task = self.running.pop(request_id, None)
                 if task is not None:
@@ -297,7 +318,25 @@ class FakeWorker:
             )
         )
 
-    async def _join(self, request: GenerationRequest, attempt: int, first: Tokens) -> None:
+    def _listing(self, request_id: str, attempt: int, last: Tokens | None) -> BlocksReady:
+        """One block before the last listing, and one with it."""
+        lease = LeaseRef(
+            lease_id=LeaseId(attempt),
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            source_address=self.address,
+        )
+        number = int(last is not None)
+        return BlocksReady(
+            request_id=request_id,
+            attempt=attempt,
+            lease=lease,
+            first_block=number,
+            blocks=(SealedBlock(BlockId(number), 1, 0),),
+            first_token=last,
+        )
+
+    async def _join(self, request: GenerationRequest, attempt: int, output: Sequence[int], first: Tokens) -> None:
         self.say(
             Joined(
                 request_id=request.request_id,
@@ -307,10 +346,10 @@ class FakeWorker:
                 transfer_s=0.001,
             )
         )
-        await self._decode(request, attempt, (*request.output_token_ids, *first.token_ids))
+        await self._decode(request, attempt, (*request.output_token_ids, *output, *first.token_ids))
 
     async def _decode(self, request: GenerationRequest, attempt: int, output: Sequence[int]) -> None:
-        output = list(output)
+        output = self._outputs[request.request_id] = list(output)
         while len(output) < request.params.max_tokens:
             await asyncio.sleep(self.step_s)
             new = []

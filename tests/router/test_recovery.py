@@ -14,15 +14,18 @@ from duopool.core.messages import (
     Heartbeat,
     KvChanged,
     KvStoredSegment,
+    Migrate,
     NackReason,
     Prefill,
     Rebind,
     Reserve,
     SnapshotWanted,
+    Stay,
 )
 from duopool.core.types import BlockKey, Incarnation
 from duopool.proto import inference_pb2 as pb
 from duopool.proto.status import read_status
+from duopool.router.evacuation import MAX_TRIES
 
 PROMPT = [7, 7, 7, 1, 2, 3]
 
@@ -284,6 +287,47 @@ def test_a_draining_worker_hands_on_what_it_has_and_gets_nothing_new() -> None:
             finished = await reading.check()
             assert finished.decode_worker != draining.worker_id
             assert not draining.running
+            assert len(draining.received(Migrate)) == 1
+            computed = [one for worker in cluster.workers for one in worker.received(Prefill)]
+            assert len(computed) == 1 + len(others), "a prefix was computed again"
+
+    asyncio.run(run())
+
+
+def test_a_request_that_cannot_move_leaves_by_its_tokens() -> None:
+    async def run() -> None:
+        async with FakeCluster(four(step_s=0.02)) as cluster:
+            reading = Reading(cluster.inference.Generate(request()))
+            await eventually(lambda: busy(cluster.workers, "decode") is not None)
+            draining = busy(cluster.workers, "decode")
+            assert draining is not None
+            (other,) = [worker for worker in cluster.workers[2:] if worker is not draining]
+            other.refuse = NackReason.TRANSFER_FAILED
+            draining.draining = True
+            cluster.tell_members()
+            await eventually(lambda: len(draining.received(Stay)) == MAX_TRIES)
+            other.refuse = None
+            assert (await reading.check()).decode_worker == other.worker_id
+
+    asyncio.run(run())
+
+
+def test_what_is_left_when_a_drain_ends_leaves_by_its_tokens() -> None:
+    async def run() -> None:
+        async with FakeCluster(four(step_s=0.03)) as cluster:
+            reading = Reading(cluster.inference.Generate(request()))
+            await eventually(lambda: busy(cluster.workers, "decode") is not None)
+            draining = busy(cluster.workers, "decode")
+            assert draining is not None
+            (other,) = [worker for worker in cluster.workers[2:] if worker is not draining]
+            other.mute = True  # takes the shadow and never copies
+            draining.draining, draining.drain_s = True, 0.4
+            cluster.tell_members()
+            await eventually(lambda: draining.received(Cancel))
+            other.mute = False
+            assert (await reading.check()).decode_worker == other.worker_id
+            assert len(draining.received(Migrate)) == 1
+            assert sum(len(worker.received(Prefill)) for worker in cluster.workers[:2]) == 2
 
     asyncio.run(run())
 

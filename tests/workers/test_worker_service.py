@@ -36,9 +36,9 @@ from duopool.core.messages import (
 )
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.types import Incarnation, LeaseId, RequestId, Role, WorkerId
+from duopool.engine.leases import SourceIdentity
 from duopool.engine.served_model import ServedModel
 from duopool.engine.step_loop import StepLoop
-from duopool.prefill_worker.leases import SourceIdentity
 from duopool.prefill_worker.worker import PrefillWorker, Surroundings
 from duopool.proto import codec
 from duopool.proto.internal_access import InternalAccess

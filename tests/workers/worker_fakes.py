@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
@@ -42,10 +42,11 @@ from duopool.core.step import Chunk, SampledToken, StepPlan, StepResult
 from duopool.core.types import BlockId, BlockKey, Incarnation, LeaseId, RequestId, Role, TokenLogprob, WorkerId
 from duopool.core.worker import SessionId
 from duopool.decode_worker.worker import DecodeWorker
+from duopool.engine.leases import SourceIdentity
 from duopool.engine.served_model import ServedModel
-from duopool.engine.transfer.transport import ReadOutcome
-from duopool.prefill_worker.leases import SourceIdentity
-from duopool.prefill_worker.worker import PrefillWorker, Surroundings
+from duopool.engine.surroundings import Surroundings
+from duopool.engine.transfer.transport import LeaseKeeper, ReadOutcome
+from duopool.prefill_worker.worker import PrefillWorker
 
 BLOCK_SIZE = 4
 VOCAB_SIZE = 50
@@ -158,7 +159,7 @@ class PendingRead:
 class FakeReader:
     """Does nothing until `run` is called: then one read or confirm happens."""
 
-    def __init__(self, own: FakeStore, sources: dict[str, tuple[PrefillWorker, FakeStore]]) -> None:
+    def __init__(self, own: FakeStore, sources: Mapping[str, tuple[LeaseKeeper, FakeStore]]) -> None:
         self._own = own
         self._sources = sources
         self.pending: list[PendingRead | Callable[[], None]] = []
@@ -413,7 +414,8 @@ def make_pair(
         manager=decode_manager,
         runner=decode_runner,
         reader=reader,
-        clock=clock,
+        identity=SourceIdentity(worker_id=WorkerId("d"), incarnation=Incarnation(6), source_address="d:1"),
+        surroundings=Surroundings(seal=decode_store.seal, new_lease_id=lambda: LeaseId(next(lease_ids)), clock=clock),
     )
     pair = Pair(
         clock=clock,

@@ -4,6 +4,8 @@ Owns the attempt fence: a token is emitted only if its attempt is the current on
 clock and no I/O; the router's shell turns actions into messages and messages into events, and so does the simulation.
 
     ADMITTED -> PREFILLING -> LEASED -> READING -> DECODING -> DONE | CANCELLED | FAILED
+                                                   |      ^
+                                                   MIGRATING   (see migration.py)
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import replace
 
 import msgspec
 
+from duopool.core.handoff import migration
 from duopool.core.handoff.request_state import (
     Action,
     Emit,
@@ -20,6 +23,7 @@ from duopool.core.handoff.request_state import (
     Heard,
     Lost,
     Member,
+    Moved,
     NeedRoute,
     Phase,
     RequestEvent,
@@ -27,13 +31,16 @@ from duopool.core.handoff.request_state import (
     Route,
     Routed,
     Send,
+    Shadow,
     Step,
     Stopped,
+    WorkerMessage,
 )
 from duopool.core.messages import (
     Accepted,
     BlocksReady,
     Cancel,
+    Copied,
     GenerationRequest,
     Joined,
     Nack,
@@ -53,6 +60,7 @@ __all__ = [
     "Heard",
     "Lost",
     "Member",
+    "Moved",
     "NeedRoute",
     "Phase",
     "RequestEvent",
@@ -60,8 +68,10 @@ __all__ = [
     "Route",
     "Routed",
     "Send",
+    "Shadow",
     "Step",
     "Stopped",
+    "WorkerMessage",
     "begin",
     "transition",
 ]
@@ -80,22 +90,62 @@ def transition(state: RequestState, event: RequestEvent) -> Step:
     """What the event makes of the request. Events of a past attempt, and all after the end, change nothing."""
     if state.phase.is_final:
         return _after_the_end(state, event)
+    if state.shadow is not None:
+        return _migrating(state, state.shadow, event)
     match event:
         case Routed(route=route):
             return _routed(state, route)
         case Lost(member=member):
             return _lost(state, member)
+        case Moved(decode=decode):
+            return migration.begin(state, decode)
         case Evicted(member=member):
             return _evicted(state, member)
         case Stopped(phase=phase, reason=reason):
             return _end(state, Finish(phase, reason))
         case Heard(member=member, message=message):
+            if isinstance(message, Tokens) and message.attempt < state.attempt and message.finish_reason is None:
+                # Still running: the Cancel that ended this attempt was lost, or is under way.
+                return state, (Send(member, _cancel_of(state, message.attempt)),)
             # An attempt that was given up keeps its number until the next route: what it still says is late.
             if message.attempt != state.attempt or not _is_on_route(state, member):
                 return state, ()
             if state.phase is Phase.ADMITTED:
                 return _lease_refused(state, member) if isinstance(message, Nack) else (state, ())
             return _heard(state, member, message)
+
+
+def _migrating(state: RequestState, shadow: Shadow, event: RequestEvent) -> Step:
+    """Two workers have a part in the request: what only the source can say counts as if it were alone."""
+    source = None if state.route is None else state.route.decode
+    match event:
+        case Heard(member=member, message=message) if message.attempt == shadow.attempt:
+            if member == shadow.decode and isinstance(message, Joined | Tokens):
+                return _then(migration.commit(state), event)
+            return migration.heard(state, member, message)
+        case Heard(member=member, message=message) if member == source and message.attempt == state.attempt:
+            match message:
+                case Tokens(index=index, finish_reason=reason) if index <= len(state.output):
+                    ends = reason is not None and index == len(state.output)
+                    return _then(migration.abandon(state), event) if ends else _tokens(state, message)
+                case Tokens() | Nack():
+                    return _then(migration.abandon(state), event)
+                case _:
+                    return state, ()
+        case Lost(member=member) | Evicted(member=member) if member == shadow.decode:
+            return migration.drop(state)
+        case Lost(member=member) | Evicted(member=member) if member == source:
+            return _then(migration.abandon(state), event)
+        case Stopped():
+            return _then(migration.abandon(state), event)
+        case _:
+            return state, ()
+
+
+def _then(step: Step, event: RequestEvent) -> Step:
+    """Let the event see what an earlier step has made of the state."""
+    state, actions = transition(step[0], event)
+    return state, (*step[1], *actions)
 
 
 def _routed(state: RequestState, route: Route) -> Step:
@@ -105,18 +155,24 @@ def _routed(state: RequestState, route: Route) -> Step:
     if lease_holder is not None and route.prefill == lease_holder:
         return _rebind(state, lease_holder, route.decode)
     given_up = _cancel(state)
-    attempt = state.attempt + 1
+    attempt = state.newest_attempt + 1
     request = _request(state, state.output)
     reserve = Send(route.decode, Reserve(request=request, attempt=attempt, local_prefill=route.prefill is None))
-    state = replace(state, phase=Phase.PREFILLING, attempt=attempt, route=route, reserved=False, ready=())
+    state = replace(
+        state,
+        phase=Phase.PREFILLING,
+        attempt=attempt,
+        newest_attempt=attempt,
+        route=route,
+        reserved=False,
+        ready=(),
+    )
     if route.prefill is None:
         return state, (*given_up, reserve)
     return state, (*given_up, Send(route.prefill, Prefill(request=request, attempt=attempt)), reserve)
 
 
-def _heard(
-    state: RequestState, member: Member, message: Accepted | BlocksReady | Reserved | Joined | Tokens | Nack
-) -> Step:
+def _heard(state: RequestState, member: Member, message: WorkerMessage) -> Step:
     match message:
         case BlocksReady():
             return _ready(state, message)
@@ -224,7 +280,7 @@ def _elsewhere(state: RequestState, failed: Member) -> Step:
     keeps_lease = state.phase in (Phase.LEASED, Phase.READING) and route is not None and failed == route.decode
     if route is None or route.prefill is None or not keeps_lease:
         return _again(state)
-    cancel = Cancel(request_id=state.request.request_id, attempt=state.attempt)
+    cancel = _cancel_of(state, state.attempt)
     state = replace(state, phase=Phase.ADMITTED, reserved=False)
     return state, (Send(route.decode, cancel), NeedRoute(state.excluded, route.prefill))
 
@@ -239,13 +295,21 @@ def _again(state: RequestState) -> Step:
 
 def _rebind(state: RequestState, prefill: Member, decode: Member) -> Step:
     """Give P's finished, still leased work to another decode worker, under a new attempt."""
-    attempt = state.attempt + 1
+    attempt = state.newest_attempt + 1
     ready = tuple(_renumbered(message, attempt) for message in state.ready)
     # P's first token is part of what D joins behind, not of the prefix that has KV.
     request = _request(state, state.output[:-1])
     rebind = Rebind(request_id=request.request_id, lease_id=ready[0].lease.lease_id, attempt=attempt)
     route = Route(prefill=prefill, decode=decode)
-    state = replace(state, attempt=attempt, route=route, ready=ready, reserved=False, phase=Phase.LEASED)
+    state = replace(
+        state,
+        phase=Phase.LEASED,
+        attempt=attempt,
+        newest_attempt=attempt,
+        route=route,
+        reserved=False,
+        ready=ready,
+    )
     return state, (
         Send(prefill, rebind),
         Send(decode, Reserve(request=request, attempt=attempt)),
@@ -276,8 +340,10 @@ def _after_the_end(state: RequestState, event: RequestEvent) -> Step:
     match event:
         case Heard(message=Tokens(finish_reason=reason)) if reason is not None:
             return state, ()  # it ended there by itself
-        case Heard(member=member, message=BlocksReady() | Reserved() | Joined() | Accepted() | Tokens() as message):
-            cancel = Cancel(request_id=state.request.request_id, attempt=max(state.attempt, message.attempt))
+        case Heard(
+            member=member, message=BlocksReady() | Copied() | Reserved() | Joined() | Accepted() | Tokens() as message
+        ):
+            cancel = _cancel_of(state, max(state.attempt, message.attempt))
             return state, (Send(member, cancel),)
         case _:
             return state, ()
@@ -287,13 +353,17 @@ def _cancel(state: RequestState) -> tuple[Action, ...]:
     """Cancel whatever the current attempt may still hold. A decode worker that finished by itself ignores it."""
     if state.route is None:
         return ()
-    cancel = Cancel(request_id=state.request.request_id, attempt=state.attempt)
+    cancel = _cancel_of(state, state.attempt)
     if state.phase is Phase.ADMITTED:  # all but P's finished work was given up when the request came back here
         return (Send(state.route.prefill, cancel),) if state.ready and state.route.prefill is not None else ()
     members = {state.route.decode: None}
     if state.route.prefill is not None and state.phase is not Phase.DECODING:
         members[state.route.prefill] = None
     return tuple(Send(member, cancel) for member in members)
+
+
+def _cancel_of(state: RequestState, attempt: int) -> Cancel:
+    return Cancel(request_id=state.request.request_id, attempt=attempt)
 
 
 def _is_on_route(state: RequestState, member: Member) -> bool:

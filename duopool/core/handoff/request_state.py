@@ -12,6 +12,7 @@ from duopool.core.messages import (
     Accepted,
     BlocksReady,
     Command,
+    Copied,
     GenerationRequest,
     Joined,
     Nack,
@@ -27,6 +28,8 @@ class Phase(StrEnum):
     LEASED = "leased"
     READING = "reading"
     DECODING = "decoding"
+    MIGRATING = "migrating"
+    """Decoding on one worker while another one copies its blocks."""
     DONE = "done"
     CANCELLED = "cancelled"
     FAILED = "failed"
@@ -53,13 +56,29 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shadow:
+    """The next attempt of a migrating request: it gets the blocks, and nothing that it says reaches the client yet."""
+
+    attempt: int
+    decode: Member
+    num_known_tokens: int
+    """Leading output tokens that its Reserve told."""
+    num_listed_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestState:
     """All that the router must know of one request to go on with it anywhere."""
 
     request: GenerationRequest
     phase: Phase = Phase.ADMITTED
     attempt: int = 0
+    """The one that counts: the fence."""
+    newest_attempt: int = 0
+    """Highest number given out; above `attempt` if the newest one is or was a shadow."""
     route: Route | None = None
+    shadow: Shadow | None = None
+    """Set as long as the request is migrating."""
     reserved: bool = False
     ready: tuple[BlocksReady, ...] = ()
     """What P sealed in this attempt, kept so that another D can be told."""
@@ -78,6 +97,9 @@ class RequestState:
 
 # ---- events besides the workers' messages ----------------------------------------------------------------------------
 
+WorkerMessage = Accepted | BlocksReady | Copied | Reserved | Joined | Tokens | Nack
+"""What a worker says of one attempt of one request."""
+
 
 @dataclass(frozen=True, slots=True)
 class Routed:
@@ -91,6 +113,13 @@ class Lost:
     """A member died, restarted, stalled or fell out of the membership."""
 
     member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The decode worker is to be left, without a pause: `decode` takes the request over with its blocks."""
+
+    decode: Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +142,10 @@ class Heard:
     """A worker's message about this request."""
 
     member: Member
-    message: Accepted | BlocksReady | Reserved | Joined | Tokens | Nack
+    message: WorkerMessage
 
 
-RequestEvent = Routed | Lost | Evicted | Stopped | Heard
+RequestEvent = Routed | Lost | Moved | Evicted | Stopped | Heard
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ class Slot:
     """One attempt of one request on its way into D's batch."""
 
     attempt: int
+    is_moving: bool = False
+    """The source decodes on: it must hear how far the copy is, and may list more than was reserved at first."""
     phase: SlotPhase = SlotPhase.WAITING
     blocks: tuple[BlockId, ...] = ()
     """The block table that was reserved; the first `num_cached_blocks` need no read."""
@@ -45,8 +47,12 @@ class Slot:
     """Blocks whose read was started (or is not needed), from block 0."""
     num_reads: int = 0
     """Reads under way."""
+    num_reported: int = -1
+    """Of a moving request: leading blocks that the source knows to be here."""
     first_token: Tokens | None = None
-    """Set when P has listed its last block."""
+    """Set when the source has listed its last block."""
+    output: tuple[int, ...] = ()
+    """Tokens before the first one that came with the last block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +65,11 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """P sealed some more blocks."""
+    """The source sealed some more blocks."""
 
     message: BlocksReady
+    blocks: tuple[BlockId, ...] = ()
+    """The whole block table, if it had to grow for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,15 @@ class Join:
     """Publish the blocks and put the request into the batch behind its first token."""
 
     first_token: Tokens
+    output: tuple[int, ...] = ()
+    """Tokens before it that were not known when the slot was reserved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell the source of a moving request that its first `num_blocks` blocks are here."""
+
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +140,7 @@ class Refuse:
     detail: str
 
 
-SlotAction = Read | Confirm | Join | GiveBack | Refuse
+SlotAction = Read | Confirm | Join | Report | GiveBack | Refuse
 SlotStep = tuple[Slot, tuple[SlotAction, ...]]
 
 
@@ -143,7 +160,7 @@ def transition(slot: Slot, event: SlotEvent) -> SlotStep:
                 num_requested=num_cached_blocks,
             )
             return _advance(slot)
-        case Listed(message=message):
+        case Listed(message=message, blocks=blocks):
             is_old = message.first_block < len(slot.sealed) or slot.first_token is not None
             if slot.phase is SlotPhase.QUARANTINED or is_old:
                 return slot, ()
@@ -151,7 +168,14 @@ def transition(slot: Slot, event: SlotEvent) -> SlotStep:
                 fault = f"blocks before block {message.first_block} were never listed"
                 return _drop(slot, Refuse(NackReason.TRANSFER_FAILED, fault))
             sealed = slot.sealed + message.blocks
-            slot = replace(slot, lease=message.lease, sealed=sealed, first_token=message.first_token)
+            slot = replace(
+                slot,
+                blocks=blocks or slot.blocks,
+                lease=message.lease,
+                sealed=sealed,
+                first_token=message.first_token,
+                output=message.output,
+            )
             return _advance(slot)
         case ReadEnded(error=error):
             return _read_ended(replace(slot, num_reads=slot.num_reads - 1), error)
@@ -159,7 +183,7 @@ def transition(slot: Slot, event: SlotEvent) -> SlotStep:
             if slot.phase is not SlotPhase.VALIDATING or slot.first_token is None:
                 return slot, ()
             if ok:
-                return replace(slot, phase=SlotPhase.COMMITTED), (Join(slot.first_token),)
+                return replace(slot, phase=SlotPhase.COMMITTED), (Join(slot.first_token, slot.output),)
             return _drop(slot, Refuse(NackReason.LEASE_LOST, reason))
         case Dropped():
             return _drop(slot, None)
@@ -178,9 +202,12 @@ def _advance(slot: Slot) -> SlotStep:
         read = Read(lease, slot.sealed[begin:end], slot.blocks[begin:end])
         slot = replace(slot, phase=SlotPhase.READING, num_requested=end, num_reads=slot.num_reads + 1)
         return slot, (read,)
-    if slot.num_reads == 0 and slot.first_token is not None and slot.phase is not SlotPhase.VALIDATING:
-        confirm = Confirm(lease)
-        return replace(slot, phase=SlotPhase.VALIDATING), (confirm,)
+    if slot.num_reads > 0 or slot.phase is SlotPhase.VALIDATING:
+        return slot, ()
+    if slot.first_token is not None:
+        return replace(slot, phase=SlotPhase.VALIDATING), (Confirm(lease),)
+    if slot.is_moving and end > slot.num_reported:
+        return replace(slot, num_reported=end), (Report(end),)
     return slot, ()
 
 
