@@ -18,6 +18,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1_024
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100.0
+MAX_GRAMMAR_CHARS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,8 @@ class SamplingParams:
     logprobs: int | None = None
     """Number of alternatives per emitted token; 0 gives the emitted token's alone."""
     prompt_logprobs: int | None = None
+    grammar: str = ""
+    """What the output must match, in llguidance's form; empty lets anything be output."""
 
     def check(self) -> None:
         """Raise InvalidRequest naming the first field that is outside its limits."""
@@ -76,6 +79,7 @@ class SamplingParams:
             _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
             _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        _at_most("grammar", len(self.grammar), MAX_GRAMMAR_CHARS, "characters")
 
 
 def _within(field: str, value: float, low: float, high: float) -> None:

@@ -1,4 +1,4 @@
-"""Changes to the logits that a request's parameters and history ask for: minimum length, bias, penalties.
+"""Changes to the logits that a request's parameters and history ask for: minimum length, bias, penalties, grammar.
 
 Owns their meaning, which is vLLM's: the repetition penalty looks at prompt and output, presence and frequency at the
 output alone. History is read sparsely, so a step costs what the tokens in it cost, not the vocabulary.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from duopool.core.step import SampleSpec
+from duopool.engine.grammar import GrammarMasks
 
 
 def needs_rules(spec: SampleSpec) -> bool:
@@ -23,12 +24,16 @@ def needs_rules(spec: SampleSpec) -> bool:
         or params.repetition_penalty != 1.0
         or params.presence_penalty
         or params.frequency_penalty
+        or params.grammar
         or _below_minimum(spec)
     )
 
 
-def apply_rules(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """Change the rows in place and return them: forbidden tokens, then bias, then penalties."""
+def apply_rules(logits_RV: Tensor, specs: Sequence[SampleSpec], masks: GrammarMasks | None = None) -> Tensor:
+    """Change the rows in place and return them: forbidden tokens, then bias, penalties, and what the grammar allows.
+
+    `masks` is needed if a row has a grammar.
+    """
     vocab_size = logits_RV.shape[1]
     for row, spec in enumerate(specs):
         logits = logits_RV[row]
@@ -40,6 +45,10 @@ def apply_rules(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
             where = torch.tensor([token for token, _ in bias], dtype=torch.int64, device=logits.device)
             logits.index_add_(0, where, logits.new_tensor([value for _, value in bias]))
         _penalise(logits, spec)
+        if spec.params.grammar:
+            assert masks is not None
+            allowed = masks.allowed(spec.params.grammar, spec.output_token_ids)
+            _keep(logits, torch.from_numpy(allowed).to(logits.device))
     return logits_RV
 
 
@@ -55,6 +64,13 @@ def _penalise(logits_V: Tensor, spec: SampleSpec) -> None:
         penalty = params.presence_penalty + params.frequency_penalty * counts
         where = torch.from_numpy(seen).to(logits_V.device)
         logits_V[where] -= torch.from_numpy(penalty).to(logits_V)
+
+
+def _keep(logits_V: Tensor, allowed_V: Tensor) -> None:
+    """Leave only what is allowed. If nothing of that is left by earlier rules, the grammar counts alone."""
+    logits_V.masked_fill_(~allowed_V, float("-inf"))
+    if logits_V.amax() == float("-inf"):
+        logits_V.masked_fill_(allowed_V, 0.0)
 
 
 def _below_minimum(spec: SampleSpec) -> bool:

@@ -20,6 +20,7 @@ from duopool.core.types import BlockId, RequestId, TokenLogprob
 from duopool.engine.forward_batch import ForwardBatch, build_forward_batch
 from duopool.engine.forward_context import forward_context
 from duopool.engine.fused_model import fuse
+from duopool.engine.grammar import GrammarMasks
 from duopool.engine.kv_layout import KVLayout
 from duopool.engine.kv_store import KVStore
 from duopool.engine.model_loader import LoadedModel, load_model
@@ -36,8 +37,9 @@ log = logging.getLogger(__name__)
 class ModelRunner:
     """A model over a paged KV store. Not thread-safe: one step at a time."""
 
-    def __init__(self, model: LoadedModel, store: KVStore) -> None:
+    def __init__(self, model: LoadedModel, store: KVStore, masks: GrammarMasks | None = None) -> None:
         self._model = model
+        self._masks = masks
         self.store = store
 
     @classmethod
@@ -57,18 +59,24 @@ class ModelRunner:
             source.folder, dtype=model_config.dtype, max_model_len=model_config.max_model_len, device=device
         )
         report("checking attention")
-        return cls.from_model(model, cache_config)
+        masks = GrammarMasks.from_folder(source.folder, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
+        return cls.from_model(model, cache_config, masks)
 
     @classmethod
-    def from_model(cls, model: LoadedModel, cache_config: CacheConfig) -> ModelRunner:
-        """Check a loaded model, make it lean and give it a store. The module must not be used elsewhere afterwards."""
+    def from_model(
+        cls, model: LoadedModel, cache_config: CacheConfig, masks: GrammarMasks | None = None
+    ) -> ModelRunner:
+        """Check a loaded model, make it lean and give it a store. The module must not be used elsewhere afterwards.
+
+        `masks` is needed for requests with a grammar.
+        """
         layout = find_layout(model, cache_config.block_size)
         expected = eager_logits(model)
         model = _made_fast(model, layout, expected)
         num_blocks = cache_config.num_blocks or cache_config.kv_cache_memory_bytes // layout.page_bytes
         if num_blocks < 1:
             raise OutOfBlocks(needed=1, free=0)
-        return cls(model, KVStore(layout, num_blocks, model.device))
+        return cls(model, KVStore(layout, num_blocks, model.device), masks)
 
     @property
     def module(self) -> nn.Module:
@@ -103,7 +111,7 @@ class ModelRunner:
         specs = [(row, chunk.request_id, chunk.sample) for row, chunk in batch.sampled if chunk.sample is not None]
         rows = [row for row, _, _ in specs]
         wanted = logits_RV if rows == list(range(len(logits_RV))) else logits_RV[rows]
-        tokens = sample(wanted, [spec for _, _, spec in specs])
+        tokens = sample(wanted, [spec for _, _, spec in specs], self._masks)
         return StepResult(
             tokens={request: token for (_, request, _), token in zip(specs, tokens, strict=True)},
             prompt_logprobs={chunk.request_id: _score(logits_RV[where], chunk) for where, chunk in batch.scored},

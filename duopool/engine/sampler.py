@@ -1,9 +1,9 @@
 """Chooses the next token of each row of logits.
 
-Owns the order of the steps, which is vLLM's: raw log-probabilities aside, then minimum length, logit bias and penalties
-on the logits; greedy rows take the best; the others divide by the temperature, drop candidates (min-p, top-k, top-p)
-and take the best of logit plus Gumbel noise, which is a draw from the softmax. Everything is a pure function of a row's
-logits and its SampleSpec: no state, no generator.
+Owns the order of the steps, which is vLLM's: raw log-probabilities aside, then minimum length, logit bias, penalties
+and grammar on the logits; greedy rows take the best; the others divide by the temperature, drop candidates (min-p,
+top-k, top-p) and take the best of logit plus Gumbel noise, which is a draw from the softmax. Everything is a pure
+function of a row's logits and its SampleSpec: no state, no generator.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import SampledToken, SampleSpec
 from duopool.engine.candidates import Candidates, keep_candidates
+from duopool.engine.grammar import GrammarMasks
 from duopool.engine.logit_rules import apply_rules, needs_rules
 from duopool.engine.sampling_noise import gumbel_noise, noise_keys
 from duopool.engine.token_logprobs import token_logprobs
@@ -26,12 +27,12 @@ NOISE_AT_ONCE = 1 << 18
 """Elements hashed in one go, so that the scratch stays in the processor's cache."""
 
 
-def sample(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[SampledToken]:
-    """One token per row, with its log-probability where the parameters ask for it."""
+def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], masks: GrammarMasks | None = None) -> list[SampledToken]:
+    """One token per row, with its log-probability where the parameters ask for it; `masks` for rows with a grammar."""
     if not specs:
         return []
     logits = logits_RV.float()
-    chosen = _choose(logits, specs).tolist()
+    chosen = _choose(logits, specs, masks).tolist()
     logprobs: dict[int, SampledToken] = {}
     rows = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None]
     if rows:
@@ -43,12 +44,12 @@ def sample(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[SampledToken]
     return [logprobs.get(row) or SampledToken(token_id=token_id) for row, token_id in enumerate(chosen)]
 
 
-def _choose(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+def _choose(logits: Tensor, specs: Sequence[SampleSpec], masks: GrammarMasks | None) -> Tensor:
     """int64 [R]"""
     ruled = [row for row, spec in enumerate(specs) if needs_rules(spec)]
     if ruled:
         logits = logits.clone()
-        logits[ruled] = apply_rules(logits[ruled], [specs[row] for row in ruled])
+        logits[ruled] = apply_rules(logits[ruled], [specs[row] for row in ruled], masks)
     random = [row for row, spec in enumerate(specs) if spec.params.temperature >= GREEDY_BELOW]
     if not random:
         return logits.argmax(dim=-1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from duopool.core.sampling_params import SamplingParams
+from duopool.router.guide import Guide
 from duopool.router.public_access import Tenant
 
 
@@ -30,6 +31,8 @@ class ChatPrompt:
 
     messages: tuple[Mapping[str, Any], ...]
     field: str
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """As JSON, for a template that has a place for them."""
 
     @property
     def num_chars(self) -> int:
@@ -49,6 +52,8 @@ class Ask:
     params: SamplingParams
     model: str = ""
     """Empty means the one that is served."""
+    guide: Guide | None = None
+    """What the outputs must look like."""
     num_choices: int = 1
     takes_all_room: bool = False
     """Go on as long as prompt and output fit, whatever `params.max_tokens` says."""

@@ -24,6 +24,7 @@ from duopool.core.types import RequestId
 from duopool.router import admission
 from duopool.router.ask import Ask, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from duopool.router.detokenizer import Detokenizer
+from duopool.router.guide import GuideCompiler
 from duopool.router.outbox import Outbox
 from duopool.router.pools import Pools
 from duopool.router.request_life import ROUTE_WAIT_S, Origin, RequestLife
@@ -73,6 +74,7 @@ class Generation:
         self._route_wait_s = route_wait_s
         self._watch = watch
         self._admission = admission.Admission(config.max_num_requests)
+        self._guides = GuideCompiler(tokenizer)
 
     @asynccontextmanager
     async def open(self, ask: Ask, *, time_left_s: float | None = None) -> AsyncIterator[Stream]:
@@ -87,8 +89,13 @@ class Generation:
         admission.check_choices(ask.num_choices)
         num_lives = len(ask.prompts) * ask.num_choices
         with self._admission.admit(num_lives):
-            params = replace(ask.params, max_tokens=1) if ask.takes_all_room else ask.params
+            params = ask.params
+            if ask.takes_all_room:
+                params = replace(params, max_tokens=max(1, params.min_tokens))
             prompts = await self._read(ask, params)
+            if ask.guide is not None:
+                grammar = await self._off_loop(self._guides.compile, ask.guide)
+                ask = replace(ask, params=replace(ask.params, grammar=grammar))
             outbox = Outbox(self._config.max_unread_tokens, num_choices=num_lives)
             lives = [
                 self._life(ask, prompt, outbox, choice=place * ask.num_choices + choice, deadline=deadline)
@@ -111,7 +118,11 @@ class Generation:
                 return tuple(await self._off_loop(lambda: tokenizer.encode(text, add_special_tokens=special)))
             case ChatPrompt():
                 admission.check_text(prompt.field, prompt.num_chars, limits, max_token_chars=most)
-                return tuple(await self._off_loop(lambda: tokenizer.encode_chat(prompt.messages)))
+                return tuple(
+                    await self._off_loop(
+                        lambda: tokenizer.encode_chat(prompt.messages, tools=prompt.tools, field=prompt.field)
+                    )
+                )
 
     async def decode(self, token_ids: Sequence[int], *, field: str) -> str:
         admission.check_token_ids(field, token_ids, self.limits())

@@ -64,20 +64,35 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
+    @property
+    def template_knows_tools(self) -> bool:
+        return "tools" in (self._chat_template or "")
+
     def warm_up(self) -> None:
         """Pay the imports that chat needs now, not with the first request."""
         if self._chat_template is not None:
             _render(self._chat_template, [{"role": "user", "content": "hello"}], self._special_tokens)
 
+    def as_json(self) -> str:
+        """The whole tokenizer as the content of a `tokenizer.json`."""
+        text: str = self._backend.to_str()
+        return text
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = (), field: str = "messages"
+    ) -> list[int]:
         """Ids of the model's template over `messages`, ready for the assistant's turn."""
         if self._chat_template is None:
-            raise InvalidRequest("chat", "the model has no chat template: send text or token_ids")
-        return self.encode(_render(self._chat_template, messages, self._special_tokens), add_special_tokens=False)
+            raise InvalidRequest(field, "the model has no chat template")
+        try:
+            text = _render(self._chat_template, messages, self._special_tokens, tools)
+        except (ValueError, TypeError, LookupError) as error:
+            raise InvalidRequest(field, f"the model's chat template refuses them: {error}") from error
+        return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out. Ids without a token give no text."""
@@ -90,16 +105,26 @@ class Tokenizer:
         return text
 
 
-def _render(template: str, messages: Sequence[Mapping[str, Any]], special_tokens: dict[str, str]) -> str:
+def _render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: dict[str, str],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """ValueError when the template refuses."""
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
         (text,), _ = render_jinja_template(
-            conversations=[list(messages)], chat_template=template, add_generation_prompt=True, **special_tokens
+            conversations=[list(messages)],
+            tools=list(tools) or None,
+            chat_template=template,
+            add_generation_prompt=True,
+            **special_tokens,
         )
     except jinja2.TemplateError as error:
-        raise InvalidRequest("chat.messages", f"the model's chat template refuses them: {error}") from error
+        raise ValueError(str(error)) from error
     return str(text)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NotRequired
 
 from fastapi import APIRouter, Request, Response
@@ -13,12 +13,15 @@ from duopool.core.errors import InvalidRequest
 from duopool.proto import inference_pb2 as pb
 from duopool.router.ask import Ask, ChatPrompt
 from duopool.router.generation import Generation, Stream
+from duopool.router.guide import Guide
 from duopool.router.http.answer import answer
 from duopool.router.http.body import StrictRoute
 from duopool.router.http.call import Call, responses
 from duopool.router.http.messages import ChatMessage, read_messages
 from duopool.router.http.sampling_fields import SamplingFields
+from duopool.router.http.tools import NamedTool, Tool, ToolCallParser, ToolCallPart, tool_guide, with_description
 from duopool.router.http.usage import Usage, UsageCount
+from duopool.router.tokenizer import Tokenizer
 from duopool.router.traces import TRACEPARENT
 
 
@@ -29,12 +32,36 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: int | None = Field(default=None, description="As max_tokens; as many as fit when neither.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, description="Alternatives per token; needs logprobs.")
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedTool | None = Field(default=None, description="none, auto, required or one function.")
+    parallel_tool_calls: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs", "needs logprobs to be true")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def prompt(self, tokenizer: Tokenizer) -> ChatPrompt:
+        """The conversation, with the tools where the model's template has a place for them."""
+        messages: Sequence[Mapping[str, Any]] = read_messages(self.messages)
+        tools = self.offered_tools
+        if tools and not tokenizer.template_knows_tools:
+            return ChatPrompt(messages=tuple(with_description(messages, tools)), field="messages")
+        told = tuple(tool.model_dump(exclude_none=True) for tool in tools)
+        return ChatPrompt(messages=tuple(messages), field="messages", tools=told)
+
+    def output_guide(self) -> Guide | None:
+        """What the output must look like: a call, or what the request says."""
+        guide = self.guide
+        call = tool_guide(self.tools or [], self.tool_choice, is_parallel=self.parallel_tool_calls is not False)
+        if guide is not None and call is not None:
+            raise InvalidRequest("tool_choice", f"cannot be combined with {guide.field}")
+        return guide or call
 
 
 class TopLogprob(TypedDict):
@@ -55,6 +82,7 @@ class Message(TypedDict):
     role: str
     content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCallPart]]
 
 
 class ChatChoice(TypedDict):
@@ -77,6 +105,7 @@ class ChatCompletion(TypedDict):
 class Delta(TypedDict):
     role: NotRequired[str]
     content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallPart]]
 
 
 class ChunkChoice(TypedDict):
@@ -99,8 +128,9 @@ def routes(generation: Generation) -> APIRouter:
         ask = Ask(
             tenant=request.state.tenant,
             model=body.model or "",
-            prompts=(ChatPrompt(messages=read_messages(body.messages), field="messages"),),
+            prompts=(body.prompt(generation.tokenizer),),
             params=body.sampling(seed=generation.draw_seed(), logprobs=body.num_logprobs, **more),
+            guide=body.output_guide(),
             takes_all_room=max_tokens is None,
             num_choices=body.num_choices,
             request_id=call.id,
@@ -119,9 +149,13 @@ class ChatReply:
         self._body = body
         self._call = call
         self._choices: dict[int, ChatChoice] = {}
+        self._parsers: dict[int, ToolCallParser] = {}
 
     def begin(self, stream: Stream) -> None:
         self._usage = UsageCount(stream, num_choices=self._body.num_choices)
+        if self._body.offered_tools:
+            names = {index: f"call-{self._call.id}-{index}" for index in range(self._body.num_choices)}
+            self._parsers = {index: ToolCallParser(name) for index, name in names.items()}
 
     def chunks(self, message: pb.GenerateResponse) -> Iterator[Mapping[str, Any]]:
         self._usage.take(message)
@@ -135,6 +169,9 @@ class ChatReply:
 
     def whole(self) -> Mapping[str, Any]:
         choices = [self._choices[index] for index in sorted(self._choices)]
+        for choice in choices:
+            if choice["message"].get("tool_calls"):
+                choice["message"]["content"] = choice["message"]["content"] or None
         return {**self._call.header("chat.completion"), "choices": choices, "usage": self._usage.so_far()}
 
     def _deltas(self, message: pb.GenerateResponse) -> Iterator[ChunkChoice]:
@@ -145,17 +182,25 @@ class ChatReply:
             case "tokens":
                 chunk = message.tokens
                 logprobs = [_logprob(entry) for entry in chunk.logprobs]
-                if chunk.text or logprobs:
-                    wanted: ChatLogprobs | None = {"content": logprobs} if self._body.logprobs else None
-                    yield _choice(chunk.choice, {"content": chunk.text}, wanted)
+                wanted: ChatLogprobs | None = {"content": logprobs} if self._body.logprobs else None
+                delta = self._delta(chunk.choice, chunk.text)
+                if delta or logprobs:
+                    yield _choice(chunk.choice, delta, wanted)
             case "finished":
                 finished = message.finished
-                choice = _choice(finished.choice, {}, None)
-                choice["finish_reason"] = finished.finish_reason
+                parser = self._parsers.get(finished.choice)
+                rest = _joined(*parser.finish()) if parser else {}
+                choice = _choice(finished.choice, rest, None)
+                has_called = parser is not None and parser.num_calls > 0 and finished.finish_reason == "stop"
+                choice["finish_reason"] = "tool_calls" if has_called else finished.finish_reason
                 choice["stop_reason"] = finished.stop_reason if finished.HasField("stop_reason") else None
                 yield choice
             case _:
                 pass
+
+    def _delta(self, index: int, text: str) -> Delta:
+        parser = self._parsers.get(index)
+        return _joined(*parser.push(text)) if parser else _joined(text, [])
 
     def _add(self, choice: ChunkChoice) -> None:
         index = choice["index"]
@@ -169,7 +214,10 @@ class ChatReply:
                 "stop_reason": None,
             },
         )
-        whole["message"]["content"] = (whole["message"]["content"] or "") + choice["delta"].get("content", "")
+        message, delta = whole["message"], choice["delta"]
+        message["content"] = (message["content"] or "") + delta.get("content", "")
+        if "tool_calls" in delta:
+            message["tool_calls"] = [*message.get("tool_calls", []), *delta["tool_calls"]]
         whole["finish_reason"] = choice["finish_reason"]
         whole["stop_reason"] = choice.get("stop_reason")
         if choice["logprobs"] is not None and whole["logprobs"] is not None:
@@ -180,6 +228,15 @@ class ChatReply:
         if self._body.includes_usage or self._body.repeats_usage:
             chunk["usage"] = usage
         return chunk
+
+
+def _joined(content: str, calls: list[ToolCallPart]) -> Delta:
+    delta: Delta = {}
+    if content:
+        delta["content"] = content
+    if calls:
+        delta["tool_calls"] = calls
+    return delta
 
 
 def _choice(index: int, delta: Delta, logprobs: ChatLogprobs | None) -> ChunkChoice:

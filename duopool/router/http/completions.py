@@ -97,6 +97,7 @@ def routes(generation: Generation) -> APIRouter:
             model=body.model or "",
             prompts=body.prompts(),
             params=body.sampling(seed=generation.draw_seed(), logprobs=body.logprobs, **more),
+            guide=body.guide,
             num_choices=body.num_choices,
             request_id=call.id,
             cache_salt=body.salt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,8 +64,17 @@ def _read(message: ChatMessage, field: str) -> dict[str, Any]:
     if message.tool_call_id is not None:
         read["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        read["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        read["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     return read
+
+
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    """Templates write the arguments as JSON themselves, so they get an object where it is one."""
+    try:
+        arguments = json.loads(call.function.arguments)
+    except ValueError:
+        arguments = call.function.arguments
+    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
 
 
 def _text(message: ChatMessage, field: str) -> str:

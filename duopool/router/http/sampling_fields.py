@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from duopool.core.errors import InvalidRequest
 from duopool.core.sampling_params import SamplingParams
+from duopool.router.guide import Guide
+from duopool.router.http.guides import ResponseFormat, StructuredOutputs, read_guide
 
 
 class StreamOptions(BaseModel):
@@ -47,6 +49,8 @@ class SamplingFields(BaseModel):
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = Field(default=None, description="Taken and not used.")
     priority: int | None = Field(default=None, description="Taken; all requests are served in order of arrival.")
     cache_salt: str | None = Field(default=None, description="Only requests with the same salt share cached prefixes.")
@@ -70,6 +74,11 @@ class SamplingFields(BaseModel):
                 **more,
             }
         )
+
+    @property
+    def guide(self) -> Guide | None:
+        """What the outputs must look like."""
+        return read_guide(self.response_format, self.structured_outputs)
 
     @property
     def num_choices(self) -> int:
