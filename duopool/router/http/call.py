@@ -23,12 +23,26 @@ class Call:
     created: int
     """Unix time in seconds, as OpenAI has it."""
     model: str
+    num_choices: int
+    """Per prompt."""
+    includes_usage: bool
+    """A stream ends with the usage of the whole call."""
+    repeats_usage: bool
+    """Every chunk says the usage so far."""
 
     @classmethod
     def of(cls, request: Request, body: SamplingFields, generation: Generation, *, prefix: str) -> Call:
         """Named by the client's `X-Request-Id`, or by chance."""
         name = request.headers.get("x-request-id", "")[:MAX_REQUEST_ID_CHARS] or generation.draw_id()
-        return cls(id=f"{prefix}-{name}", created=int(time.time()), model=generation.model_id)
+        options = body.stream_options
+        return cls(
+            id=f"{prefix}-{name}",
+            created=int(time.time()),
+            model=generation.model_id,
+            num_choices=body.num_choices,
+            includes_usage=bool(options and options.include_usage),
+            repeats_usage=bool(options and options.continuous_usage_stats),
+        )
 
     def header(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

@@ -88,14 +88,6 @@ class SamplingFields(BaseModel):
     def salt(self) -> bytes:
         return (self.cache_salt or "").encode()
 
-    @property
-    def includes_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def repeats_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
-
 
 def _bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
     for name in given:
