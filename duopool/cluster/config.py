@@ -79,7 +79,7 @@ class ClusterConfig(BaseModel):
             role=role,
             worker_id=worker_id,
             model=self.model,
-            cache=self.cache,
+            cache=self.cache.model_copy(update={"memory_share": 1 / (self.prefill + self.decode)}),
             scheduler=self.scheduler,
             handoff=self.handoff,
             internal=self.internal,

@@ -9,8 +9,8 @@ from duopool.core.errors import DuopoolError
 from duopool.core.messages import WorkerInfo
 from duopool.core.types import Role
 
-SAME_FIELDS = ("model", "model_digest", "layout_digest", "block_size", "vocab_size")
-"""Fields of WorkerInfo that every worker of a cluster must agree on."""
+SAME_FIELDS = ("model", "dtype", "block_size", "vocab_size", "tokenizer_digest", "model_digest", "layout_digest")
+"""Fields of WorkerInfo that every worker of a cluster must agree on; those that say most come first."""
 
 
 class WorkerMismatch(DuopoolError):

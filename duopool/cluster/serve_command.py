@@ -81,9 +81,15 @@ def serve(
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, max=256, help="Tokens per KV block.")] = 16,
     num_blocks: Annotated[
-        int | None, typer.Option(min=1, help="KV blocks per worker; sized from --kv-cache-memory-bytes if not given.")
+        int | None, typer.Option(min=1, help="KV blocks per worker; from --kv-cache-memory-bytes if not given.")
     ] = None,
-    kv_cache_memory_bytes: Annotated[int, typer.Option(min=1 << 20, help="KV memory per worker in bytes.")] = 1 << 30,
+    kv_cache_memory_bytes: Annotated[
+        int | None,
+        typer.Option(min=1 << 20, help="KV memory per worker in bytes; from --kv-memory-fraction if not given."),
+    ] = None,
+    kv_memory_fraction: Annotated[
+        float, typer.Option(help="Part of the host's memory for the KV blocks of all its workers together.")
+    ] = 0.1,
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="Token budget of a step: the chunk size of a long prompt.")
     ] = 512,
@@ -123,7 +129,10 @@ def serve(
                 model=model, served_model_name=served_model_name, dtype=dtype.value, max_model_len=max_model_len
             ),
             cache=CacheConfig(
-                block_size=block_size, num_blocks=num_blocks, kv_cache_memory_bytes=kv_cache_memory_bytes
+                block_size=block_size,
+                num_blocks=num_blocks,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
+                kv_memory_fraction=kv_memory_fraction,
             ),
             scheduler=SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs),
             handoff=HandoffConfig(transport=transport.value),

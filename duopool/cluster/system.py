@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -39,6 +39,8 @@ Report = Callable[[str, str], None]
 
 ROUTER_START_TIMEOUT_S = 120.0
 START_POLL_S = 0.05
+START_REMINDER_S = 10.0
+"""How often an operator is told what a start still waits for."""
 _EVERY_HOST = ("0.0.0.0", "::", "")
 
 
@@ -153,20 +155,43 @@ class System:
 
     def _wait(self, report: Report) -> None:
         """Until all serve. The first worker that fails ends the start: its reason will hold for the next one too."""
+        began_at = time.monotonic()
         reported: set[str] = set()
-        while not (self._is_complete.is_set() and self._is_listening.is_set()):
+        next_reminder_s = START_REMINDER_S
+        while True:
+            is_complete = self._is_complete.is_set() and self._is_listening.is_set()
             if self._fatal is not None:
                 raise self._fatal
             if self._supervisor.num_failures > 0:
                 raise StartFailed(self._supervisor.last_error)
-            for info in self.view.members:
-                if info.worker_id not in reported:
-                    reported.add(info.worker_id)
-                    report("workers", f"{info.worker_id} ready, {info.num_blocks} blocks of {info.block_size} tokens")
-            if self._is_listening.is_set() and "router" not in reported:
-                reported.add("router")
-                report("router", f"listening on {self.address}" + (f" and {self.http_url}" if self.http_url else ""))
+            for stage, text in self._news():
+                if text not in reported:
+                    reported.add(text)
+                    report(stage, text)
+            if is_complete:
+                return
+            waited_s = time.monotonic() - began_at
+            if waited_s > next_reminder_s:
+                next_reminder_s += START_REMINDER_S
+                report("waiting", f"{waited_s:.0f} s for {' and '.join(self._missing())}")
             time.sleep(START_POLL_S)
+
+    def _news(self) -> Iterator[tuple[str, str]]:
+        """What an operator should hear of the start so far; each text is told once."""
+        for info in self.view.members:
+            yield "workers", f"{info.worker_id} ready, {info.dtype}, {info.num_blocks:,} KV blocks"
+            for note in info.notes:
+                yield "workers", note
+        if self._is_listening.is_set():
+            yield "router", f"listening on {self.address}" + (f" and {self.http_url}" if self.http_url else "")
+
+    def _missing(self) -> Iterator[str]:
+        for role, wanted in self._config.wanted.items():
+            num_there = sum(info.role == role for info in self.view.members)
+            if num_there < wanted:
+                yield f"{wanted - num_there} of {wanted} {role} workers (Ray starts them, they load the model)"
+        if not self._is_listening.is_set():
+            yield "the router (it loads the tokenizer)"
 
     # ---- supervisor thread ------------------------------------------------------------------------------------------
 

@@ -34,7 +34,12 @@ class CacheConfig(_Config):
     """Tokens per block."""
     num_blocks: int | None = Field(default=None, ge=1)
     """Pages in the store; sized from `kv_cache_memory_bytes` when None."""
-    kv_cache_memory_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1 << 20)
+    """Sized from the memory there is when None."""
+    kv_memory_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Part of the host's memory that the KV stores of all its workers may take together."""
+    memory_share: float = Field(default=1.0, gt=0, le=1)
+    """This worker's share of that; the cluster says how many workers there are."""
 
 
 class SchedulerConfig(_Config):

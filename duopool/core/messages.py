@@ -388,6 +388,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     max_model_len: int
     vocab_size: int
+    dtype: str = ""
+    tokenizer_digest: str = ""
+    notes: tuple[str, ...] = ()
+    """What an operator should know of how the worker set itself up."""
     node_id: str = ""
     pid: int = 0
     draining: bool = False

@@ -9,11 +9,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from duopool.core.config import CacheConfig, ModelConfig
-from duopool.core.errors import OutOfBlocks, UnsupportedModel
+from duopool.core.errors import UnsupportedModel
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import Chunk, SampleSpec, StepPlan, StepResult
 from duopool.core.types import BlockId, RequestId, TokenLogprob
@@ -22,6 +23,7 @@ from duopool.engine.forward_context import forward_context
 from duopool.engine.fused_model import fuse
 from duopool.engine.grammar import GrammarMasks
 from duopool.engine.kv_layout import KVLayout
+from duopool.engine.kv_sizing import size_pool
 from duopool.engine.kv_store import KVStore
 from duopool.engine.model_loader import LoadedModel, load_model
 from duopool.engine.model_source import Progress, resolve_model
@@ -37,10 +39,14 @@ log = logging.getLogger(__name__)
 class ModelRunner:
     """A model over a paged KV store. Not thread-safe: one step at a time."""
 
-    def __init__(self, model: LoadedModel, store: KVStore, masks: GrammarMasks | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, store: KVStore, masks: GrammarMasks | None = None, *, notes: tuple[str, ...] = ()
+    ) -> None:
         self._model = model
         self._masks = masks
         self.store = store
+        self.notes = notes
+        """What an operator should know of how the store was sized."""
 
     @classmethod
     def load(
@@ -73,10 +79,14 @@ class ModelRunner:
         layout = find_layout(model, cache_config.block_size)
         expected = eager_logits(model)
         model = _made_fast(model, layout, expected)
-        num_blocks = cache_config.num_blocks or cache_config.kv_cache_memory_bytes // layout.page_bytes
-        if num_blocks < 1:
-            raise OutOfBlocks(needed=1, free=0)
-        return cls(model, KVStore(layout, num_blocks, model.device), masks)
+        size = size_pool(
+            cache_config,
+            page_bytes=layout.page_bytes,
+            max_model_len=model.max_model_len,
+            memory_bytes=_memory_bytes(model.device),
+        )
+        model = replace(model, max_model_len=size.max_model_len)
+        return cls(model, KVStore(layout, size.num_blocks, model.device), masks, notes=size.notes)
 
     @property
     def module(self) -> nn.Module:
@@ -86,6 +96,10 @@ class ModelRunner:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         return self._model.eos_token_ids
+
+    @property
+    def dtype(self) -> str:
+        return str(self._model.dtype).removeprefix("torch.")
 
     @property
     def vocab_size(self) -> int:
@@ -182,3 +196,9 @@ def _score(logits_RV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:
     if chunk.next_token_id is not None:
         targets.append(chunk.next_token_id)
     return tuple(token_logprobs(logits_RV, targets, chunk.prompt_logprobs or 0))
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().total)
+    return int(torch.cuda.get_device_properties(device).total_memory)

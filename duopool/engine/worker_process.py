@@ -24,7 +24,7 @@ from duopool.core.types import Incarnation, LeaseId, WorkerId
 from duopool.core.worker import Worker
 from duopool.engine import failpoints
 from duopool.engine.leases import SourceIdentity
-from duopool.engine.model_digest import model_digest
+from duopool.engine.model_digest import model_digest, tokenizer_digest
 from duopool.engine.model_source import resolve_model
 from duopool.engine.runner import ModelRunner
 from duopool.engine.served_model import ServedModel
@@ -173,6 +173,9 @@ class WorkerProcess:
             num_blocks=runner.num_blocks,
             max_model_len=runner.max_model_len,
             vocab_size=runner.vocab_size,
+            dtype=runner.dtype,
+            tokenizer_digest=tokenizer_digest(source.folder),
+            notes=runner.notes,
             pid=os.getpid(),
         )
         return self._info
