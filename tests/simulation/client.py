@@ -175,3 +175,6 @@ class CharacterTokenizer:
 
     def text_of(self, token_id: int) -> str:
         return text_of(token_id)
+
+    def as_json(self) -> str:
+        raise NotImplementedError("no simulated request asks for constrained output")

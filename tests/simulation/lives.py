@@ -13,17 +13,20 @@ from duopool.core.messages import SealedBlock, WorkerInfo
 from duopool.core.step import StepPlan
 from duopool.core.types import BlockId, Incarnation, LeaseId, Role, WorkerId
 from duopool.decode_worker.worker import DecodeWorker
+from duopool.engine.leases import SourceIdentity
 from duopool.engine.served_model import ServedModel
 from duopool.engine.step_loop import StepLoop
+from duopool.engine.surroundings import Surroundings
 from duopool.engine.transfer.digest import seal
 from duopool.engine.transfer.source import KvSource
-from duopool.prefill_worker.leases import SourceIdentity
-from duopool.prefill_worker.worker import PrefillWorker, Surroundings
+from duopool.prefill_worker.worker import PrefillWorker
 from duopool.proto import inference_pb2
 from duopool.proto.worker_service import WorkerService
+from duopool.router.evacuation import Evacuation
 from duopool.router.generation import Generation
 from duopool.router.inference_service import InferenceService
 from duopool.router.pools import Pools
+from duopool.router.public_access import PublicAccess
 from duopool.router.rpc import service_handler
 
 from .client import CharacterTokenizer
@@ -86,31 +89,37 @@ def start_worker(
         pause=lambda for_s: thread.pause(for_s),
         watch=lambda chunk: watched.computes(chunk),
     )
+    identity = SourceIdentity(worker_id=WorkerId(place), incarnation=incarnation, source_address=address)
+
+    def seal_pages(block_ids: list[BlockId], generations: list[int]) -> tuple[SealedBlock, ...]:
+        return seal(pages, block_ids, generations)
+
+    surroundings = Surroundings(
+        seal=seal_pages,  # type: ignore[arg-type]
+        new_lease_id=lambda: LeaseId(random.getrandbits(63)),
+        clock=process.clock,
+    )
     worker: PrefillWorker | DecodeWorker
     if role is Role.PREFILL:
-        identity = SourceIdentity(worker_id=WorkerId(place), incarnation=incarnation, source_address=address)
-
-        def seal_pages(block_ids: list[BlockId], generations: list[int]) -> tuple[SealedBlock, ...]:
-            return seal(pages, block_ids, generations)
-
         worker = PrefillWorker(
             config=config,
             identity=identity,
             model=model,
             manager=manager,
             runner=runner,
-            surroundings=Surroundings(
-                seal=seal_pages,  # type: ignore[arg-type]
-                new_lease_id=lambda: LeaseId(random.getrandbits(63)),
-                clock=process.clock,
-            ),
+            surroundings=surroundings,
         )
-        exchange.listen(address, Source(process, KvSource(keeper=worker, store=pages, incarnation=incarnation), pages))
     else:
-        reader = SimulatedReader(process, pages, exchange)
         worker = DecodeWorker(
-            config=config, model=model, manager=manager, runner=runner, reader=reader, clock=process.clock
+            config=config,
+            model=model,
+            manager=manager,
+            runner=runner,
+            reader=SimulatedReader(process, pages, exchange),
+            identity=identity,
+            surroundings=surroundings,
         )
+    exchange.listen(address, Source(process, KvSource(keeper=worker, store=pages, incarnation=incarnation), pages))
     watched = WatchedWorker(worker, place, laws)
 
     def on_fatal(error: Exception) -> None:
@@ -176,6 +185,13 @@ def start_router(
     )
     server = network.listen(f"{process.place}:1", process)
     described = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
-    server.add_generic_rpc_handlers((service_handler(described, InferenceService(generation)),))
-    process.start(lambda: pools.update(members()))
+    server.add_generic_rpc_handlers((service_handler(described, InferenceService(generation, PublicAccess())),))
+    evacuation = Evacuation(pools, clock=process.clock)
+    pools.on_change = evacuation.wake
+
+    def start() -> None:
+        process.loop.create_task(evacuation.run())
+        pools.update(members())
+
+    process.start(start)
     return RouterLife(process=process, pools=pools)

@@ -23,8 +23,8 @@ from duopool.core.handoff.tombstones import Tombstones
 from duopool.core.kv_manager import KVCacheManager
 from duopool.core.messages import Cancel, Tokens, Verdict
 from duopool.decode_worker.worker import DecodeWorker
+from duopool.engine.leases import LeaseBook
 from duopool.engine.outbox import Outbox
-from duopool.prefill_worker.leases import LeaseBook
 from duopool.prefill_worker.worker import PrefillWorker
 from duopool.router.pools import Pools
 
