@@ -67,6 +67,11 @@ class Reference:
         """Tokens of the text, from its beginning again when it ends."""
         return tuple(self._words[(start + at) % len(self._words)] for at in range(length))
 
+    def logprobs(self, prompt: tuple[int, ...]) -> torch.Tensor:
+        """[T, V]: what the model says of the token behind each of the prompt's."""
+        with torch.inference_mode():
+            return self._model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+
     def greedy(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
         """The next MAX_TOKENS tokens, past any end of sequence."""
         return self._cached(prompt)
