@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from duopool.core.config import (
+    MAX_POOL_SIZE,
     CacheConfig,
     HandoffConfig,
     InternalConfig,
@@ -15,8 +16,6 @@ from duopool.core.config import (
     WorkerConfig,
 )
 from duopool.core.types import Role, WorkerId
-
-MAX_POOL_SIZE = 256
 
 
 class SupervisorConfig(BaseModel):

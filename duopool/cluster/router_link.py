@@ -51,10 +51,10 @@ class RouterLink:
         self._latest = view
         self._outgoing.put(_update(view))
 
-    def answer(self, command_id: int, error: str) -> None:
-        """Tell the router how a command ended; an empty error means done."""
+    def answer(self, result: control_pb2.CommandResult) -> None:
+        """Tell the router how a command ended."""
         update = _update(self._latest)
-        update.results.add(command_id=command_id, error=error)
+        update.results.append(result)
         self._outgoing.put(update)
 
     def close(self) -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from duopool.cluster import pools
-from duopool.cluster.config import MAX_POOL_SIZE, SupervisorConfig
+from duopool.cluster.config import SupervisorConfig
 from duopool.cluster.membership import ClusterView, WorkerMismatch, check_same
 from duopool.cluster.pools import Drain, PlaceState, Start, Stop
 from duopool.cluster.worker_process import ProcessGone, WorkerProcess
+from duopool.core.config import MAX_POOL_SIZE
 from duopool.core.errors import InvalidRequest, WorkerNotFound
 from duopool.core.messages import WorkerInfo
 from duopool.core.types import Role, WorkerId

@@ -26,10 +26,11 @@ from duopool.cluster.router_process import Listening, RouterProcess
 from duopool.cluster.supervisor import Supervisor
 from duopool.cluster.worker_process import RayWorkerProcess
 from duopool.core.config import ModelConfig, TransportName
-from duopool.core.errors import DuopoolError
+from duopool.core.errors import DuopoolError, Unavailable
 from duopool.core.types import Role, WorkerId
 from duopool.engine.model_source import resolve_model
 from duopool.proto import control_pb2
+from duopool.proto.control_codec import result_of
 from duopool.proto.internal_access import InternalAccess
 
 logger = logging.getLogger(__name__)
@@ -232,7 +233,7 @@ class System:
         self._is_listening.set()
 
     def _execute(self, command: control_pb2.ClusterCommand, now: float) -> None:
-        error = ""
+        error: DuopoolError | None = None
         try:
             match command.WhichOneof("command"):
                 case "scale":
@@ -240,12 +241,12 @@ class System:
                 case "drain":
                     self._supervisor.drain(command.drain.worker_id, now)
                 case other:
-                    error = f"unknown command {other!r}"
+                    error = Unavailable(f"command {other!r} is unknown")
         except DuopoolError as problem:
-            error = str(problem)
+            error = problem
         if self._link is not None:
             self._link.publish(self._supervisor.view)
-            self._link.answer(command.command_id, error)
+            self._link.answer(result_of(command.command_id, error))
 
     def _end(self) -> None:
         """Router first, so that no client sees its worker vanish under it."""

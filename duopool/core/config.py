@@ -12,6 +12,10 @@ DTypeName = Literal["auto", "float32", "bfloat16"]
 TransportName = Literal["auto", "nixl", "grpc"]
 
 
+MAX_POOL_SIZE = 256
+"""Workers of one pool."""
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -30,12 +30,16 @@ class ClusterUpdate(_message.Message):
     def __init__(self, members: _Optional[_Iterable[_Union[MemberUpdate, _Mapping]]] = ..., wanted: _Optional[_Mapping[str, int]] = ..., results: _Optional[_Iterable[_Union[CommandResult, _Mapping]]] = ...) -> None: ...
 
 class CommandResult(_message.Message):
-    __slots__ = ("command_id", "error")
+    __slots__ = ("command_id", "error", "reason", "field")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     error: str
-    def __init__(self, command_id: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    reason: str
+    field: str
+    def __init__(self, command_id: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., field: _Optional[str] = ...) -> None: ...
 
 class ClusterCommand(_message.Message):
     __slots__ = ("command_id", "scale", "drain")

@@ -103,7 +103,7 @@ def read_status(error: grpc.RpcError) -> StatusDetails:
 
 
 def _details(error: DuopoolError, code: grpc.StatusCode) -> list[Proto]:
-    info = error_details_pb2.ErrorInfo(reason=_reason(error), domain=DOMAIN)
+    info = error_details_pb2.ErrorInfo(reason=reason_of(type(error)), domain=DOMAIN)
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
         return [error_details_pb2.BadRequest(field_violations=[violation]), info]
@@ -114,8 +114,9 @@ def _details(error: DuopoolError, code: grpc.StatusCode) -> list[Proto]:
     return [info]
 
 
-def _reason(error: DuopoolError) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).upper()
+def reason_of(kind: type[DuopoolError]) -> str:
+    """Name of an error class on the wire, such as WORKER_LOST."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).upper()
 
 
 def _packed(message: Proto) -> any_pb2.Any:

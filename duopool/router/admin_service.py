@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from duopool import __version__
-from duopool.core.config import RouterConfig
+from duopool.core.config import MAX_POOL_SIZE, RouterConfig
 from duopool.core.errors import InvalidRequest, WorkerNotFound
 from duopool.core.types import Role
 from duopool.proto import control_pb2, inference_pb2
@@ -19,8 +19,6 @@ from duopool.proto.public_codec import worker_state
 from duopool.router.audit import Auditor
 from duopool.router.control_service import ControlService
 from duopool.router.pools import Pools
-
-MAX_POOL_SIZE = 1024
 
 
 class AdminService:

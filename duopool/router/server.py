@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from duopool.core.config import RouterConfig
 from duopool.core.types import Role
-from duopool.proto import control_pb2_grpc, inference_pb2
+from duopool.proto import inference_pb2
 from duopool.proto.internal_access import InternalAccess
 from duopool.router.admin_service import AdminService
 from duopool.router.connection import connector
@@ -97,7 +97,7 @@ class RouterServer:
             self._http = HttpServer(gate, host=config.host, port=config.http_port, tls=config.tls, grace_s=STOP_GRACE_S)
         self._internal = self._access.server()
         self._internal.add_generic_rpc_handlers((service_handler(_ADMIN, admin),))
-        control_pb2_grpc.add_ControlServicer_to_server(control, self._internal)  # type: ignore[no-untyped-call]
+        control.add_to(self._internal)
 
     async def start(self) -> None:
         """Listen on all ports; OSError when one is taken."""

@@ -19,8 +19,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from router_fakes import FakeCluster, FakeWorker, byte_tokenizer, eventually, expected_output
 
 from duopool.client import AsyncClient, Client, DeadlineExceeded, RequestRefused, ServerUnavailable
+from duopool.core.errors import WorkerNotFound
 from duopool.proto import control_pb2, control_pb2_grpc
 from duopool.proto import inference_pb2 as pb
+from duopool.proto.control_codec import result_of
 
 PROMPT = [5, 6, 7]
 
@@ -123,8 +125,8 @@ def test_supervisor_brings_members_and_takes_commands() -> None:
             async def supervise(channel) -> None:
                 async for command in cluster.access.stub(control_pb2_grpc.ControlStub, channel).Attach(said()):
                     seen.append(command)
-                    error = "no" if command.HasField("drain") else ""
-                    result = control_pb2.CommandResult(command_id=command.command_id, error=error)
+                    error = WorkerNotFound("no") if command.HasField("drain") else None
+                    result = result_of(command.command_id, error)
                     updates.put_nowait(control_pb2.ClusterUpdate(results=[result]))
 
             async with grpc.aio.insecure_channel(f"127.0.0.1:{cluster.router.internal_port}") as channel:
@@ -135,8 +137,9 @@ def test_supervisor_brings_members_and_takes_commands() -> None:
                 pools = {pool.role: (pool.wanted, pool.ready) for pool in answer.pools}
                 assert pools["decode"] == (3, 1)
                 assert dict(seen[0].scale.pools) == {"prefill": 2, "decode": 3}
-                with pytest.raises(grpc.aio.AioRpcError, match="no"):
+                with pytest.raises(grpc.aio.AioRpcError, match="no") as refused:
                     await cluster.admin.Drain(pb.DrainRequest(worker_id="decode-0"))
+                assert refused.value.code() is grpc.StatusCode.NOT_FOUND
                 assert seen[1].drain.worker_id == "decode-0"
                 assert len(cluster.router.pools.members) == 2  # an answer alone changes no membership
                 supervisor.cancel()
