@@ -11,11 +11,12 @@ from worker_fakes import BLOCK_SIZE, EOS, VOCAB_SIZE, FakeRunner, FakeStore, wor
 
 from duopool.core.kv_manager import KVCacheManager
 from duopool.core.types import Incarnation, LeaseId, Role, WorkerId
+from duopool.engine.leases import SourceIdentity
 from duopool.engine.served_model import ServedModel
 from duopool.engine.step_loop import StepLoop
+from duopool.engine.surroundings import Surroundings
 from duopool.engine.transfer.grpc_source import add_kv_source
-from duopool.prefill_worker.leases import SourceIdentity
-from duopool.prefill_worker.worker import PrefillWorker, Surroundings
+from duopool.prefill_worker.worker import PrefillWorker
 from duopool.proto.internal_access import InternalAccess
 from duopool.proto.server_thread import ServerThread
 from duopool.proto.worker_service import WorkerService
