@@ -19,7 +19,7 @@ SEEDS ?= 1000
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo test test-fast check chaos aborts simulate simulate-bugs bench proto format clean
+.PHONY: help setup demo test test-fast check chaos aborts simulate simulate-bugs model-check bench proto format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -50,6 +50,9 @@ simulate: $(STAMP) ## SEEDS=1000 histories of the whole system on virtual time, 
 
 simulate-bugs: $(STAMP) ## The same with bugs planted, one after the other: every one must be found
 	@$(BIN)/python -m tests.simulation --bugs --seeds $(SEEDS)
+
+model-check: $(STAMP) ## Every state of the handoff around a request, with any two faults
+	@$(BIN)/python tests/model_check/model_check.py
 
 bench: $(STAMP) ## All workloads on this machine; results in benchmarks/results.json
 	@$(BIN)/duopool bench all --output benchmarks/results.json

@@ -181,6 +181,12 @@ def served(side: DecodeSide, one: OpenRead) -> DecodeSide:
     return replace(side, reads=tuple(replace(o, is_served=True) if o is one else o for o in side.reads))
 
 
+def num_served(side: DecodeSide, worker_id: str, lease_id: int) -> int:
+    """Reads of a lease that this worker still listens to."""
+    leases = [one.read.lease for one in side.reads if one.is_served]
+    return sum(lease.worker_id == worker_id and lease.lease_id == lease_id for lease in leases)
+
+
 def take_verdict(side: DecodeSide, verdict: Verdict, guards: Guards) -> Step:
     """P's answer, or the end of waiting for it, arrives."""
     assert side.current is not None

@@ -220,6 +220,13 @@ def end_read(side: PrefillSide, lease_id: int, guards: Guards) -> PrefillSide:
     return replace(side, current=table, ended=tuple(ended))
 
 
+def readers(side: PrefillSide) -> list[tuple[int, int]]:
+    """Leases with reads that are being served, and how many."""
+    tables = side.ended if side.current is None else (side.current, *side.ended)
+    leases_held = [table.lease for table in tables if table.lease is not None]
+    return [(int(lease.lease_id), lease.num_readers) for lease in leases_held if lease.num_readers]
+
+
 def validate(side: PrefillSide, asked: Validate, guards: Guards) -> tuple[PrefillSide, Verdict]:
     """P's verdict on a lease, which it releases if it is good."""
     if side.incarnation != asked.incarnation:
@@ -233,6 +240,10 @@ def validate(side: PrefillSide, asked: Validate, guards: Guards) -> tuple[Prefil
     refused = leases.refusal(lease, attempt=attempt, now=0.0)
     if refused or table is None:
         return side, Verdict(ok=False, reason=refused)
+    if asked.attempt < table.attempt:
+        raise Violation(
+            f"{side.worker_id} gives attempt {asked.attempt} the blocks that attempt {table.attempt} has now"
+        )
     if table.phase == "unpinned" and guards.generation_check:
         return side, Verdict(ok=False, reason="another generation")
     return (end(side) if table.phase in ("leased", "unpinned") else side), Verdict(ok=True)

@@ -50,44 +50,39 @@ Step = tuple[RouterSide, tuple[Send, ...]]
 
 def first_side(setting: Setting) -> RouterSide:
     state, actions = begin(RequestState(request=REQUEST, retries_left=setting.max_retries))
-    return _perform(RouterSide(state), actions)[0]
+    return _perform(RouterSide(state), actions, setting)[0]
 
 
 def hear(side: RouterSide, member: Member, message: object, setting: Setting) -> Step:
     """A worker's message arrives."""
     state, guards = side.state, setting.guards
     if state.phase.is_final and guards.end_is_final:
-        if (
-            not guards.cancel_again
-            or isinstance(message, Nack)
-            or (isinstance(message, Tokens) and message.finish_reason)
-        ):
+        if isinstance(message, Nack) or (isinstance(message, Tokens) and message.finish_reason):
             return side, ()
         cancel = Cancel(request_id=REQUEST.request_id, attempt=message.attempt)  # type: ignore[attr-defined]
         return side, (Send(member, cancel),)
-    if state.phase.is_final:
-        side = replace(side, state=replace(state, phase=Phase.DECODING))
     if not guards.attempt_fence and state.route is not None and state.phase is not Phase.ADMITTED:
         on_route = state.route.prefill if member.worker_id.startswith("P") else state.route.decode
         member = on_route or member
         message = msgspec.structs.replace(message, attempt=state.attempt)  # type: ignore[type-var]
     if not guards.index_fence and isinstance(message, Tokens):
         message = msgspec.structs.replace(message, index=len(state.output))
-    return _feed(side, Heard(member, message))  # type: ignore[arg-type]
+    return _feed(side, Heard(member, message), setting)  # type: ignore[arg-type]
 
 
-def lose(side: RouterSide, member: Member) -> Step:
+def lose(side: RouterSide, member: Member, setting: Setting) -> Step:
     """The session to a member ended."""
-    return (side, ()) if side.has_ended else _feed(side, Lost(member))
+    return (side, ()) if side.has_ended else _feed(side, Lost(member), setting)
 
 
-def stop(side: RouterSide) -> Step:
+def stop(side: RouterSide, setting: Setting) -> Step:
     """The client goes away, or its deadline has come."""
-    return _feed(side, Stopped(Phase.CANCELLED))
+    return _feed(side, Stopped(Phase.CANCELLED), setting)
 
 
-def route(side: RouterSide, choice: Route) -> Step:
-    return _feed(replace(side, wanted=False), Routed(choice))
+def route(side: RouterSide, choice: Route, setting: Setting) -> Step:
+    """A route was found."""
+    return _feed(replace(side, wanted=False), Routed(choice), setting)
 
 
 def routes(
@@ -135,9 +130,12 @@ def _eligible(
         yield member
 
 
-def _feed(side: RouterSide, event: Heard | Lost | Routed | Stopped) -> Step:
-    state, actions = transition(side.state, event)
-    side, sends = _perform(replace(side, state=state), actions)
+def _feed(side: RouterSide, event: Heard | Lost | Routed | Stopped, setting: Setting) -> Step:
+    before = side.state
+    state, actions = transition(before, event)
+    side, sends = _perform(replace(side, state=state), actions, setting)
+    if state.phase.is_final and not setting.guards.end_is_final:
+        return replace(side, state=replace(state, phase=before.phase)), sends
     return replace(side, state=_same(side.state)), sends
 
 
@@ -151,7 +149,7 @@ def _same(state: RequestState) -> RequestState:
     return replace(state, phase=phase, reserved=False)
 
 
-def _perform(side: RouterSide, actions: Sequence[Action]) -> Step:
+def _perform(side: RouterSide, actions: Sequence[Action], setting: Setting) -> Step:
     sends = []
     for action in actions:
         match action:
@@ -162,12 +160,13 @@ def _perform(side: RouterSide, actions: Sequence[Action]) -> Step:
             case Emit(tokens=tokens):
                 side = _show(side, tokens)
             case Finish(phase=phase):
-                # What was shown and what was wanted do not matter any more.
+                if phase is Phase.FAILED and not setting.may_fail:
+                    raise Violation("the request fails although it had a retry for every fault")
                 if side.has_ended:
                     raise Violation("the client is told the end twice")
                 if phase is Phase.DONE and side.num_shown != REQUEST.params.max_tokens:
                     raise Violation(f"the client is told that all is done after {side.num_shown} tokens")
-                side = replace(side, has_ended=True, wanted=False, num_shown=0)
+                side = replace(side, has_ended=True, wanted=False, num_shown=0)  # nobody looks at these any more
     return side, tuple(sends)
 
 

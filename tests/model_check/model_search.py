@@ -11,7 +11,9 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 from model_setting import Violation
 from model_world import PROGRESS, State, World
 
@@ -77,76 +79,58 @@ def search(world: World, *, max_states: int | None = None) -> Result:
                         progress_from.append(number)
                         progress_to.append(known)
             except Violation as violation:
-                return result(str(violation), _trace(world, parents, number))
+                return result(str(violation), _trace(world, numbers, parents, number))
             if not can_go_on and not world.is_over(state):
-                return result(_remains(world, state), _trace(world, parents, number))
+                return result(_remains(world, state), _trace(world, numbers, parents, number))
         if max_states is not None and len(numbers) > max_states:
             is_complete = False
             return result()
         layer = following
     circle = _circle(len(parents), progress_from, progress_to)
     if circle is not None:
-        return result("progress can go round in a circle", _trace(world, parents, circle))
+        return result("progress can go round in a circle", _trace(world, numbers, parents, circle))
     return result()
+
+
+_BITS = 24
+"""A part's number has fewer."""
 
 
 def _pack(state: State) -> int:
     packed = 0
     for number in state:
-        packed = packed << 24 | number
+        packed = packed << _BITS | number
     return packed
 
 
-def _unwind(parents: array[int], number: int) -> list[int]:
+def _unpack(packed: int, length: int) -> State:
+    return tuple(packed >> _BITS * place & (1 << _BITS) - 1 for place in range(length - 1, -1, -1))
+
+
+def _trace(world: World, numbers: dict[int, int], parents: array[int], number: int) -> list[str]:
+    """The names of the steps from the first state to a state."""
     way = []
     while number >= 0:
         way.append(number)
         number = parents[number]
-    return way[::-1]
+    in_order = list(numbers)
+    states = [_unpack(in_order[one], len(world.first)) for one in reversed(way)]
+    return [_label(world, before, after) for before, after in pairwise(states)]
 
 
-def _trace(world: World, parents: array[int], number: int) -> list[str]:
-    """Walk the way again, from the first state, for the names of its steps."""
-    # States are numbered in the order in which they were found, so the same walk finds the same ones.
-    way = set(_unwind(parents, number))
-    labels: list[str] = []
-    numbers = {_pack(world.first): 0}
-    layer = [(0, world.first)]
-    count = 1
-    while layer and max(way) != layer[0][0]:
-        following = []
-        for at, state in layer:
-            if at == number:
-                return labels
-            for label, _, after in world.next_states(state):
-                packed = _pack(after)
-                if packed not in numbers:
-                    numbers[packed] = count
-                    following.append((count, after))
-                    if count in way and at in way:
-                        labels.append(label)
-                    count += 1
-            if count > number:
-                break
-        layer = following
-    return labels
+def _label(world: World, before: State, after: State) -> str:
+    return next(label for label, _, found in world.next_states(before) if found == after)
 
 
 def _remains(world: World, state: State) -> str:
-    left = [
-        name
-        for place, name in enumerate(world.names, start=1)
-        if not world._once(("quiet", state[place]), lambda: True)
-    ]
+    """What is wrong with a state in which nothing more happens."""
     if not world.router(state).has_ended:
         return f"the request hangs: it is {world.router(state).state.phase.value} and nothing more happens"
-    return f"blocks are never given back: {', '.join(left)} waits for ever"
+    return f"blocks are never given back at {' and '.join(world.unquiet(state))}"
 
 
 def _circle(num_states: int, sources: array[int], targets: array[int]) -> int | None:
     """A state on a circle of progress, or None (Kahn's order)."""
-    import numpy as np
-
     begin, end = np.asarray(sources, dtype=np.uint32), np.asarray(targets, dtype=np.uint32)
     num_in = np.bincount(end, minlength=num_states)
     order = np.argsort(begin, kind="stable")

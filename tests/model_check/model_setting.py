@@ -45,8 +45,6 @@ class Guards:
     """R emits only the next index."""
     end_is_final: bool = True
     """R ends a request once."""
-    cancel_again: bool = True
-    """R answers a sign of life after the end with another Cancel."""
     validate_after_read: bool = True
     """D asks P before it uses what it read."""
     lease_pins: bool = True
@@ -69,8 +67,6 @@ class Guards:
     """Workers end the requests of a session that fell silent."""
     digest: bool = True
     """D compares the digest of every page."""
-    poison_limit: bool = True
-    """R fails a request whose attempts took two workers down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,4 +87,6 @@ class Setting:
     one_sided: bool = True
     """D reads P's memory by itself (NIXL); else P serves the pages and counts its readers (gRPC)."""
     max_retries: int = 3
+    may_fail: bool = True
+    """False: a request that ends in failure is a violation."""
     guards: Guards = field(default=Guards())

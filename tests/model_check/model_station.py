@@ -29,11 +29,12 @@ class Station:
     side: PrefillSide | DecodeSide
     commands: tuple[Command, ...] = ()
     events: tuple[Event, ...] = ()
-    late_commands: tuple[tuple[int, Command], ...] = ()
-    """With the life that they were sent to."""
+    late_commands: tuple[tuple[int, int, Command], ...] = ()
+    """With the life and the session that they were sent to."""
     late_events: tuple[tuple[int, Event], ...] = ()
     late_questions: tuple[tuple[WorkerId, Validate], ...] = ()
     """Validates that D does not wait for any more."""
+    num_sessions: int = 1
     is_broken: bool = False
     """The session ended and the router has not noticed."""
 
@@ -58,6 +59,8 @@ def push(station: Station, member_incarnation: int, command: Command, setting: S
         return station
     if member_incarnation != station.incarnation and setting.guards.incarnation_check:
         return station
+    if isinstance(command, Cancel) and command in station.commands:
+        return station  # it would find nothing left to do
     return replace(station, commands=(*station.commands, command))
 
 
@@ -98,7 +101,7 @@ def _deliveries(station: Station, setting: Setting) -> Iterator[Move]:
     if station.commands:
         command, rest = station.commands[0], station.commands[1:]
         taken = replace(station, commands=rest)
-        late = tuple(sorted((*station.late_commands, (station.known, command)), key=repr))
+        late = (*station.late_commands, (station.known, station.num_sessions, command))
         yield f"{name} hears {show(command)}", 0, _hear(taken, command, setting)
         if "double" in setting.faults:
             yield (
@@ -110,10 +113,11 @@ def _deliveries(station: Station, setting: Setting) -> Iterator[Move]:
             yield f"{show(command)} to {name} is delayed", 1, replace(taken, late_commands=late)
         if "busy" in setting.faults and isinstance(command, Prefill | Reserve):
             yield f"{name} is too busy for {show(command)}", 1, _hear(taken, command, setting, busy=True)
-    for index, (incarnation, command) in enumerate(station.late_commands):
+    for index, (incarnation, session, command) in enumerate(station.late_commands):
         taken = replace(station, late_commands=station.late_commands[:index] + station.late_commands[index + 1 :])
         if incarnation == station.incarnation or not setting.guards.incarnation_check:
-            yield f"{name} hears late {show(command)}", 0, _hear(taken, command, setting)
+            is_old = session != station.num_sessions
+            yield f"{name} hears late {show(command)}", 0, _hear(taken, command, setting, is_old=is_old)
         else:
             yield f"late {show(command)} finds another life of {name}", 0, taken
     if station.events:
@@ -127,7 +131,15 @@ def _deliveries(station: Station, setting: Setting) -> Iterator[Move]:
             )
 
 
-def _hear(station: Station, command: Command, setting: Setting, *, busy: bool = False) -> Station:
+def _hear(station: Station, command: Command, setting: Setting, *, busy: bool = False, is_old: bool = False) -> Station:
+    """A command is heard; what it begins over a session that is over is as silent as the session."""
+    if is_old:
+        heard = replace(_hear(replace(station, is_broken=True), command, setting), is_broken=station.is_broken)
+        if not isinstance(command, Prefill | Reserve):
+            return heard
+        was, now = station.side.current, heard.side.current
+        is_again = was is not None and now is not None and was.attempt == now.attempt
+        return replace(heard, side=station.side) if is_again else _silenced(heard)
     side = station.side
     if isinstance(side, PrefillSide):
         return _say(station, *prefill.hear(side, command, setting.guards, busy=busy))
@@ -147,9 +159,13 @@ def _say(
 
 
 def _broken(station: Station) -> Station:
+    return replace(_silenced(station), commands=(), is_broken=True, num_sessions=station.num_sessions + 1)
+
+
+def _silenced(station: Station) -> Station:
     side = station.side
     side = prefill.fall_silent(side) if isinstance(side, PrefillSide) else decode.fall_silent(side)
-    return replace(station, side=side, commands=(), is_broken=True)
+    return replace(station, side=side)
 
 
 def _prefill_moves(station: Station, side: PrefillSide, setting: Setting) -> Iterator[Move]:
@@ -259,40 +275,53 @@ def tidy(station: Station, oldest: int, has_ended: bool, setting: Setting) -> St
                 events=tuple(one for one in station.events if not is_noise(one)),
                 late_events=tuple(one for one in station.late_events if not is_noise(one[1])),
             )
-    if guards.tombstones and guards.incarnation_check and station.late_commands:
-        kept = tuple(
+    if guards.tombstones and guards.incarnation_check:
+        commands = tuple(one for one in station.commands if one.attempt > side.buried)  # type: ignore[union-attr]
+        late = tuple(
             one
             for one in station.late_commands
-            if one[0] == station.incarnation and one[1].attempt > side.buried  # type: ignore[union-attr]
+            if one[0] == station.incarnation and one[-1].attempt > side.buried  # type: ignore[union-attr]
         )
-        if kept != station.late_commands:
-            station = replace(station, late_commands=kept)
+        if (commands, late) != (station.commands, station.late_commands):
+            station = replace(station, commands=commands, late_commands=late)
     return station
 
 
-def sources(station: Station) -> set[WorkerId]:
-    """Prefill workers whose blocks or verdicts may still be asked for from here."""
+def sources(station: Station) -> frozenset[tuple[WorkerId, int]]:
+    """Prefill workers, and tables there, whose blocks or verdicts may still be asked for from here."""
     side = station.side
     if not isinstance(side, DecodeSide):
-        return set()
+        return frozenset()
     slots = [table.slot for table in (side.current, *side.ended) if table is not None and table.slot is not None]
-    commands = (*station.commands, *(command for _, command in station.late_commands))
+    commands = (*station.commands, *(one[-1] for one in station.late_commands))
     leases = [
         *(slot.lease for slot in slots),
         *(one.read.lease for one in side.reads),
         *(command.lease for command in commands if isinstance(command, BlocksReady)),
     ]
-    return {lease.worker_id for lease in leases if lease is not None} | {name for name, _ in station.late_questions}
+    named = {(lease.worker_id, int(lease.lease_id)) for lease in leases if lease is not None}
+    return frozenset(named | {(name, int(question.lease_id)) for name, question in station.late_questions})
+
+
+def may_hold(station: Station, table: int) -> bool:
+    """Whether a prefill worker has, or may yet get, the blocks of this attempt."""
+    side = station.side
+    assert isinstance(side, PrefillSide)
+    coming = (*station.commands, *(one[-1] for one in station.late_commands))
+    tables = (side.current, *side.ended)
+    return any(one is not None and one.table == table for one in tables) or any(
+        isinstance(command, Prefill) and command.attempt == table for command in coming
+    )
 
 
 def is_given_up(station: Station, horizon: int, has_ended: bool) -> bool:
     """Whether all that is here belongs to attempts that the router has given up, which is on its way to be told."""
-    if station.is_broken:
-        return False
     if has_ended:
         return True
+    if station.is_broken:
+        return False
     side = station.side
-    commands = (*station.commands, *(command for _, command in station.late_commands))
+    commands = (*station.commands, *(one[-1] for one in station.late_commands))
     attempts = [one.attempt for one in commands]  # type: ignore[union-attr]
     attempts += [table.attempt for table in (side.current, *side.ended) if table is not None]
     is_unheard = not station.events and not station.late_events

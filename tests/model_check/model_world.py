@@ -80,18 +80,28 @@ class World:
 
     def is_over(self, state: State) -> bool:
         """The request has ended, nothing is held anywhere and nothing is on the way."""
-        return self.router(state).has_ended and all(
-            self._once(("quiet", state[place]), lambda place=place: stations.is_quiet(self.station(state, place)))
-            for place in range(1, len(state) - 1)
+        return self.router(state).has_ended and not self.unquiet(state)
+
+    def unquiet(self, state: State) -> tuple[str, ...]:
+        """Workers that hold something, or to or from which something is on the way."""
+        return tuple(
+            name
+            for place, name in enumerate(self.names, start=1)
+            if not self._once(
+                ("quiet", state[place]), lambda place=place: stations.is_quiet(self.station(state, place))
+            )
         )
 
     def next_states(self, state: State) -> Iterator[Next]:
         """What may happen now; of steps whose order makes no difference only one order.
 
-        When no fault is left, workers that only clear up what the router has given up are let go first: nothing that
-        others do can reach them before they have heard what is on the way to them, and nobody heeds what they say.
+        Workers that only clear up what the router has given up are let go first: nothing that others do can reach them
+        before they have heard what is on the way to them, and nobody heeds what they say. While the request lives and
+        faults are left, a fault may join them to the rest again: then all orders are looked at. After its end nothing
+        joins two groups of workers any more but the number of faults, and how many the first group takes is tried out.
         """
-        places = self._clearing_up(state) if self.reduces and state[-1] == 0 else ()
+        may_reduce = self.reduces and (state[-1] == 0 or self.router(state).has_ended)
+        places = self._clearing_up(state) if may_reduce else ()
         if places:
             for place in places:
                 yield from self._of(state, place)
@@ -112,12 +122,13 @@ class World:
             yield from self._questions(state, place)
         else:
             yield from self._expiry(state, place)
+            yield from self._hung_up(state, place)
 
     def _clearing_up(self, state: State) -> tuple[int, ...]:
         """A group of workers that nobody else has to do with and that still have something to do."""
         router = self.router(state)
         partners = [
-            (place, self._sources(state[place])) for place in range(1 + self.setting.num_prefill, len(state) - 1)
+            (place, self._sources(state, place)) for place in range(1 + self.setting.num_prefill, len(state) - 1)
         ]
         seen: set[int] = set()
         for start in range(1, len(state) - 1):
@@ -134,18 +145,25 @@ class World:
             seen |= group
             if not all(self._is_given_up(router, state[0], state[place], place) for place in group):
                 continue
-            if any(True for place in group for _ in self._of(state, place)):
+            if any(kind == PROGRESS for place in group for _, kind, _ in self._of(state, place)):
                 return tuple(sorted(group))
         return ()
 
-    def _sources(self, number: int) -> frozenset[int]:
-        """Places of the prefill workers that a decode worker's state names."""
-
-        def work() -> frozenset[int]:
-            names = stations.sources(self._stations.value(number))  # type: ignore[arg-type]
-            return frozenset(self._place[name] for name in names)
-
-        return self._once(("sources", number), work)  # type: ignore[return-value]
+    def _sources(self, state: State, place: int) -> tuple[int, ...]:
+        """Places of the prefill workers whose answers to a decode worker can still change."""
+        named: frozenset[tuple[WorkerId, int]] = self._once(  # type: ignore[assignment]
+            ("sources", state[place]),
+            lambda: stations.sources(self._stations.value(state[place])),  # type: ignore[arg-type]
+        )
+        return tuple(
+            self._place[name]
+            for name, table in named
+            if state[-1] > 0  # a crash can still change what is found there
+            or self._once(
+                ("may hold", state[self._place[name]], table),
+                lambda name=name, table=table: stations.may_hold(self.station(state, self._place[name]), table),
+            )
+        )
 
     def _is_given_up(self, router: RouterSide, router_number: int, number: int, place: int) -> bool:
         def work() -> bool:
@@ -227,7 +245,9 @@ class World:
         def work() -> tuple[int, tuple[Send, ...]]:
             router: RouterSide = self._routers.value(router_number)  # type: ignore[assignment]
             member, event = self._routers.value(message_number)  # type: ignore[misc]
-            after, sends = lose(router, member) if event is None else hear(router, member, event, self.setting)
+            after, sends = (
+                lose(router, member, self.setting) if event is None else hear(router, member, event, self.setting)
+            )
             return self._routers.number(after), sends
 
         return self._once(("heard", router_number, message_number), work)  # type: ignore[return-value]
@@ -267,14 +287,14 @@ class World:
 
     def _routed(self, number: int, choice) -> tuple[int, tuple[Send, ...]]:  # type: ignore[no-untyped-def]
         def work() -> tuple[int, tuple[Send, ...]]:
-            after, sends = route(self._routers.value(number), choice)  # type: ignore[arg-type]
+            after, sends = route(self._routers.value(number), choice, self.setting)  # type: ignore[arg-type]
             return self._routers.number(after), sends
 
         return self._once(("routed", number, choice), work)  # type: ignore[return-value]
 
     def _stopped(self, number: int) -> tuple[int, tuple[Send, ...]]:
         def work() -> tuple[int, tuple[Send, ...]]:
-            after, sends = stop(self._routers.value(number))  # type: ignore[arg-type]
+            after, sends = stop(self._routers.value(number), self.setting)  # type: ignore[arg-type]
             return self._routers.number(after), sends
 
         return self._once(("stopped", number), work)  # type: ignore[return-value]
@@ -423,6 +443,23 @@ class World:
                 changed = changed or list(state)
                 changed[one] = after  # type: ignore[call-overload]
         return state if changed is None else tuple(changed)
+
+    def _hung_up(self, state: State, place: int) -> Iterator[Next]:
+        """P serves somebody who does not listen any more: the call ends."""
+        if self.setting.one_sided:
+            return
+        for table, num_readers in prefill.readers(self.station(state, place).side):  # type: ignore[arg-type]
+            sides = [self.station(state, other).side for other in range(1 + self.setting.num_prefill, len(state) - 1)]
+            num_open = sum(decode.num_served(side, self.names[place - 1], table) for side in sides)  # type: ignore[arg-type]
+            if num_open < num_readers:
+                station = self.station(state, place)
+                ended = prefill.end_read(station.side, table, self.setting.guards)  # type: ignore[arg-type]
+                number = self._stations.number(replace(station, side=ended))
+                yield (
+                    f"{self.names[place - 1]} finds that nobody listens to a read",
+                    0,
+                    self._with(state, place, number),
+                )
 
     @staticmethod
     def _is_wanted(router: RouterSide, station: Station) -> bool:

@@ -229,6 +229,9 @@ def _nack(state: RequestState, member: Member, nack: Nack) -> Step:
     if nack.reason in final or state.retries_left == 0:
         return _end(state, Finish(Phase.FAILED, nack.detail or nack.reason.value, nack))
     state = replace(state, retries_left=state.retries_left - 1)
+    if nack.reason is NackReason.TRANSFER_FAILED and state.route is not None and state.route.prefill is not None:
+        # Its memory cannot be reached or does not hold what it sealed: somebody else should compute it this time.
+        return _again(replace(state, excluded=state.excluded | {state.route.prefill}))
     if nack.reason in (NackReason.LEASE_LOST, NackReason.TRANSFER_FAILED):
         return _again(state)
     return _elsewhere(replace(state, excluded=state.excluded | {member}), member)
