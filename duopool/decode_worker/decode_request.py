@@ -48,6 +48,8 @@ class DecodeRequest:
     """A running step writes to the table."""
     has_begun: bool = False
     """The router knows that the request was taken; deadlines are the router's from here on."""
+    reserved_at: float = 0.0
+    """When the router was last told that blocks are held."""
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
     """Leading tokens whose KV is in the table."""

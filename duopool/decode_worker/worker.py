@@ -173,6 +173,9 @@ class DecodeWorker:
             for request in list(self._requests.values()):
                 if self._outbox.is_silent(request.session, now=now, limit_s=self._timers.orphan_ttl_s):
                     self._nack(request, NackReason.STALE, "the router was silent for too long")
+                elif request.phase is DecodePhase.PULLING and now - request.reserved_at >= self._timers.lease_ttl_s:
+                    # Nothing else would be said while no block comes: a router whose Cancel was lost cancels again.
+                    self._say_reserved(request)
             self._departures.tick(now=now)
             self._arrivals.sweep(now=now)
             self._outbox.sweep(now=now, limit_s=self._timers.orphan_ttl_s)
@@ -239,7 +242,7 @@ class DecodeWorker:
         if known is not None and standing is Standing.AGAIN:
             known.session = session
             if known.has_begun:
-                self._outbox.say(session, known.reserved())
+                self._say_reserved(known)
         elif standing is Standing.STALE:
             self._outbox.refuse(session, request.request_id, attempt, NackReason.STALE, "a newer attempt was seen")
         elif standing is Standing.NEW:
@@ -320,7 +323,7 @@ class DecodeWorker:
         for request in self._scheduler.admit():
             is_new, request.has_begun = not request.has_begun, True
             if is_new:
-                self._outbox.say(request.session, request.reserved())
+                self._say_reserved(request)
             if request.slot is None:
                 continue
             if not self._make_room(request, len(request.slot.sealed)):
@@ -342,6 +345,10 @@ class DecodeWorker:
         except OutOfBlocks:
             return False
         return True
+
+    def _say_reserved(self, request: DecodeRequest) -> None:
+        request.reserved_at = self._clock()
+        self._outbox.say(request.session, request.reserved())
 
     def _take_answer(self, request: DecodeRequest, answer: Answer) -> None:
         with self._changing():

@@ -40,7 +40,7 @@ def run_all(seeds: Sequence[int], num_processes: int) -> int:
     for outcome in runs.run_all(seeds, num_processes):
         virtual_s += outcome.virtual_s
         endings.update(outcome.endings)
-        faults.update(type(fault).__name__ for fault in outcome.faults)
+        faults.update(type(planned.fault).__name__ for planned in outcome.plan)
         if not outcome.is_good:
             show(runs.run(outcome.seed), num_lines=LINES_AT_A_BREACH)
             return 1
@@ -74,8 +74,8 @@ def show(outcome: Outcome, *, bug: str | None = None, num_lines: int | None = No
         lines = lines[-num_lines:]
     print("\n".join(lines))
     print(f"seed {outcome.seed}, history {outcome.digest}, {outcome.virtual_s:.2f} virtual seconds")
-    for fault in outcome.faults:
-        print(f"  fault: {fault}")
+    for planned in outcome.plan:
+        print(f"  planned: {planned.fault}, {planned.when}")
     print("  requests ended: " + "; ".join(outcome.endings))
     for breach in outcome.breaches:
         print(f"  BROKEN {breach}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from duopool.core.types import RequestId
 from duopool.proto import inference_pb2 as pb
 
 from .laws import Laws
@@ -36,6 +37,18 @@ class Client:
     endings: list[str] = field(default_factory=list)
     """Every terminal event; there must be one."""
     num_calls: int = 0
+    router_id: RequestId | None = None
+    """What the router of this call named it: it tells when the client sends no name of its own."""
+    _task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = self.process.loop.create_task(self.run())
+
+    def abandon(self) -> None:
+        """Want it no more."""
+        if not self.endings and self._task is not None:
+            self._end("cancelled")
+            self._task.cancel()
 
     async def run(self) -> None:
         await asyncio.sleep(self.ask.at)
@@ -122,7 +135,11 @@ class Client:
     def _take(self, response: pb.GenerateResponse) -> bool:
         """True at the last message."""
         match response.WhichOneof("event"):
+            case "started":
+                self.router_id = RequestId(response.started.request_id)
             case "tokens":
+                if self.router_id is not None:
+                    self.laws.client_hears(self.router_id, response.tokens.index)
                 if response.tokens.index != len(self.tokens):
                     self._breach(f"index {response.tokens.index} came when {len(self.tokens)} was next")
                 self.tokens += response.tokens.token_ids

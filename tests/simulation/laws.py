@@ -32,8 +32,7 @@ from duopool.core.types import LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId, Worker
 
 from .model import expected_output, expected_pages
-from .scenario import Ask
-from .transport import Source
+from .scenario import MOMENTS, Ask
 
 
 @dataclass(slots=True)
@@ -55,8 +54,50 @@ class Laws:
     verdicts: set[tuple[LeaseId, int]] = field(default_factory=set)
     """(lease, attempt) that a prefill worker has confirmed."""
 
+    on_moment: Callable[[str, str, RequestId], None] = lambda kind, place, request_id: None
+    """Told of every message about a request that a worker takes in or says, with its place."""
+    heard: dict[RequestId, Heard] = field(default_factory=lambda: defaultdict(Heard))
+
     def breach(self, what: str) -> None:
         self.breaches.append(f"at {self.clock():.4f}: {what}")
+
+    # ---- the attempt fence, seen from outside the router ----------------------------------------------------------
+
+    def router_says(self, command: Command) -> None:
+        """A command leaves a router."""
+        match command:
+            case Prefill(request=request, attempt=attempt) | Reserve(request=request, attempt=attempt):
+                heard = self.heard[request.request_id]
+                heard.current = max(heard.current, attempt)
+            case Cancel(request_id=request_id, attempt=attempt):
+                heard = self.heard[request_id]
+                heard.current = max(heard.current, attempt + 1)
+            case _:
+                pass
+
+    def router_hears(self, event: Event) -> None:
+        """A worker's message comes in at a router."""
+        tokens = event.first_token if isinstance(event, BlocksReady) else event
+        if isinstance(tokens, Tokens):
+            heard = self.heard[tokens.request_id]
+            (heard.fresh if tokens.attempt >= heard.current else heard.stale).add(tokens.index)
+
+    def client_hears(self, request_id: RequestId, index: int) -> None:
+        """A token leaves a router for its client."""
+        heard = self.heard[request_id]
+        if index in heard.stale and index not in heard.fresh:
+            self.breach(f"token {index} of {request_id[:6]} was taken from an attempt that had been given up")
+
+
+@dataclass(slots=True)
+class Heard:
+    """What a router was told of one request."""
+
+    current: int = 0
+    """Attempts before this one have been given up."""
+    fresh: set[int] = field(default_factory=set)
+    stale: set[int] = field(default_factory=set)
+    """Indices of tokens that came from an attempt that counted, and from one that did not."""
 
 
 @dataclass(slots=True)
@@ -64,7 +105,7 @@ class _Seen:
     """What one life of a worker knows of one request."""
 
     over: int = 0
-    """Attempts up to this one were cancelled here."""
+    """Attempts up to this one have ended here."""
     newest: int = 0
     """Newest attempt that a command has named."""
     lease: LeaseId | None = None
@@ -127,8 +168,10 @@ class WatchedWorker:
         if ended_at is not None and now > max(ended_at, laws.quiet_from) + laws.patience_s:
             self._breach(f"computes for {chunk.request_id[:6]}, which nobody has wanted since {ended_at:.4f}")
 
-    def judges(self, source: Source, asked: Validate, verdict: Verdict) -> None:
+    def judges(self, asked: Validate, verdict: Verdict) -> None:
         """A prefill worker has answered whether a lease held."""
+        holder = next((name for name, seen in self._requests.items() if seen.lease == asked.lease_id), RequestId(""))
+        self._laws.on_moment("Verdict", self._name, holder)
         if not verdict.ok:
             return
         self._laws.verdicts.add((asked.lease_id, asked.attempt))
@@ -140,6 +183,7 @@ class WatchedWorker:
                 )
 
     def _obey(self, command: Command) -> None:
+        self._tell(command)
         match command:
             case Prefill(request=request, attempt=attempt) | Reserve(request=request, attempt=attempt):
                 self._laws.ask_of[request.request_id] = request.params.seed
@@ -157,6 +201,14 @@ class WatchedWorker:
             case _:
                 pass
 
+    def _tell(self, message: object) -> None:
+        """Somebody may wait for just this moment."""
+        kind = type(message).__name__
+        if isinstance(message, Prefill | Reserve):
+            self._laws.on_moment(kind, self._name, message.request.request_id)
+        elif kind in MOMENTS:
+            self._laws.on_moment(kind, self._name, message.request_id)  # type: ignore[attr-defined]
+
     def _listen(self) -> None:
         for addressed in self._worker.take_events():
             self._said.append(addressed)
@@ -165,12 +217,16 @@ class WatchedWorker:
     def _hear(self, event: Event) -> None:
         if not isinstance(event, Accepted | Reserved | BlocksReady | Joined | Tokens):
             return
+        self._tell(event)
         seen = self._requests[event.request_id]
         if event.attempt <= seen.over:
             self._breach(
                 f"said {type(event).__name__} for {event.request_id[:6]}/{event.attempt}, "
-                f"which was cancelled there (up to attempt {seen.over})"
+                f"which had ended there (up to attempt {seen.over})"
             )
+        tokens = event.first_token if isinstance(event, BlocksReady) else event
+        if isinstance(tokens, Tokens) and tokens.finish_reason is not None:
+            seen.over = max(seen.over, event.attempt)
         if isinstance(event, Joined) and (seen.leases[event.attempt], event.attempt) not in self._laws.verdicts:
             self._breach(f"joined {event.request_id[:6]}/{event.attempt}, whose lease nobody has confirmed")
         if isinstance(event, BlocksReady):

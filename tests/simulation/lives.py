@@ -166,11 +166,17 @@ def start_worker(
 
 
 def start_router(
-    scenario: Scenario, process: Process, *, network: Network, random: Random, members: Callable[[], list[WorkerInfo]]
+    scenario: Scenario,
+    process: Process,
+    *,
+    network: Network,
+    laws: Laws,
+    random: Random,
+    members: Callable[[], list[WorkerInfo]],
 ) -> RouterLife:
     """A router at port 1 of its place, with the membership as it is then."""
     config = RouterConfig(model=ModelConfig(model=MODEL), handoff=scenario.timers, block_size=BLOCK_SIZE)
-    pools = Pools(config, connect=connector(network, process), clock=process.clock)
+    pools = Pools(config, connect=connector(network, process, laws), clock=process.clock)
     tokenizer: Any = CharacterTokenizer(frozenset({EOS}))
     executor: Any = None  # prompts come as tokens: nothing is encoded
     generation = Generation(

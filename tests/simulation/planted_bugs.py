@@ -208,9 +208,23 @@ def published_before_confirmed() -> Iterator[None]:
 
 
 @contextmanager
-def resumed_without_its_tokens() -> Iterator[None]:
-    """R sends a new attempt off as if nothing had been emitted."""
-    with patch.object(requests, "_request", lambda state, output: state.request):
+def late_cancel_obeyed() -> Iterator[None]:
+    """Workers end the attempt they have when an older one is cancelled."""
+
+    def newest(honest: Any) -> Any:
+        def cancel(self: Any, command: Any, *, now: float) -> None:
+            request = self._requests.get(command.request_id)
+            if request is not None and request.attempt > command.attempt:
+                self._end(request, now=now)
+            else:
+                honest(self, command, now=now)
+
+        return cancel
+
+    with (
+        patch.object(PrefillWorker, "_cancel", newest(PrefillWorker._cancel)),
+        patch.object(DecodeWorker, "_cancel", newest(DecodeWorker._cancel)),
+    ):
         yield
 
 
@@ -287,7 +301,7 @@ PLANTS: dict[str, Plant] = {
         orphans_kept,
         loss_not_told,
         published_before_confirmed,
-        resumed_without_its_tokens,
+        late_cancel_obeyed,
         any_attempt_validates,
         blocks_freed_under_a_step,
         verdicts_always_good,

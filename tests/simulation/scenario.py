@@ -25,10 +25,23 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Right when something happens for the n-th time, so that faults hit every phase of a handoff."""
+
+    kind: str
+    """A message's name, as a worker takes it in or says it."""
+    number: int
+    after_s: float
+
+
+THERE = "there"
+"""As a place: the worker at which the moment came."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Crash:
     """A process is killed. Silent: its host vanishes with it, so that nobody is told."""
 
-    at: float
     place: str
     silent: bool
     back_after_s: float
@@ -36,14 +49,12 @@ class Crash:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stall:
-    at: float
     place: str
     for_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClockJump:
-    at: float
     place: str
     by_s: float
 
@@ -52,7 +63,6 @@ class ClockJump:
 class Partition:
     """Nothing passes from `source` to `target`, nor back unless `one_way`."""
 
-    at: float
     source: str
     target: str
     for_s: float
@@ -63,7 +73,6 @@ class Partition:
 class Break:
     """The streams between two places break; each end hears of it in its own time, or (None) not at all."""
 
-    at: float
     one: str
     other: str
     one_after_s: float | None
@@ -74,7 +83,6 @@ class Break:
 class TransferTrouble:
     """For a while reads and verdicts are lost, doubled, slow or damaged, each with a probability."""
 
-    at: float
     for_s: float
     lost: float
     doubled: float
@@ -87,7 +95,6 @@ class TransferTrouble:
 class Wild:
     """For a while single session messages are lost, doubled or overtaken, which gRPC itself excludes."""
 
-    at: float
     for_s: float
     lost: float
     doubled: float
@@ -98,11 +105,23 @@ class Wild:
 class Drain:
     """A worker takes nothing new and is replaced once it is idle."""
 
-    at: float
     place: str
 
 
-Fault = Crash | Stall | ClockJump | Partition | Break | TransferTrouble | Wild | Drain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """The client whose request the moment was about does not want it any more."""
+
+
+Fault = Crash | Stall | ClockJump | Partition | Break | TransferTrouble | Wild | Drain | Abandon
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A fault and when it comes: at a time in seconds, or at a moment (if that comes at all)."""
+
+    when: float | Moment
+    fault: Fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,18 +141,15 @@ class Scenario:
     keeps_addresses: bool
     """A restarted worker listens where the one before it did."""
     asks: tuple[Ask, ...]
-    faults: tuple[Fault, ...]
+    plan: tuple[Planned, ...]
 
     @property
     def workers(self) -> tuple[str, ...]:
         return self.prefill + self.decode
 
-    @property
-    def may_lose_messages(self) -> bool:
-        """Single messages of a stream vanish or are overtaken: only a deadline is sure to end a request then."""
-        return any(isinstance(fault, Wild) and (fault.lost or fault.overtaken) for fault in self.faults)
 
-
+CHAOS_S = 4.0
+"""Faults befall the system before this."""
 FAST = {"heartbeat_s": 0.1, "lease_ttl_s": 1.5, "orphan_ttl_s": 0.6, "progress_watchdog_s": 0.6}
 
 
@@ -143,8 +159,9 @@ def scenario(seed: int) -> Scenario:
     prefill = tuple(f"prefill-{index}" for index in range(random.choice((1, 1, 2))))
     decode = tuple(f"decode-{index}" for index in range(random.choice((1, 2, 2, 3))))
     routers = tuple(f"router-{index}" for index in range(random.choice((1, 1, 2))))
-    faults = _faults(random, prefill + decode, routers, has_digests=has_digests)
-    wild = any(isinstance(fault, Wild) and (fault.lost or fault.overtaken) for fault in faults)
+    plan = _plan(random, prefill, decode, routers, has_digests=has_digests)
+    # When single messages of a stream vanish or are overtaken, only a deadline is sure to end a request.
+    is_lossy = any(isinstance(one.fault, Wild) and (one.fault.lost or one.fault.overtaken) for one in plan)
     timers = FAST if random.random() < 0.85 else {}
     return Scenario(
         seed=seed,
@@ -161,20 +178,20 @@ def scenario(seed: int) -> Scenario:
         one_sided=random.random() < 0.5,
         has_digests=has_digests,
         keeps_addresses=random.random() < 0.5,
-        asks=_asks(random, needs_deadline=wild),
-        faults=faults,
+        asks=_asks(random, needs_deadline=is_lossy),
+        plan=plan,
     )
 
 
 def _asks(random: Random, *, needs_deadline: bool) -> tuple[Ask, ...]:
     prefixes = [_tokens(random, random.choice((4, 8, 13, 20))) for _ in range(2)]
     asks = []
-    for index in range(random.randint(2, 7)):
+    for index in range(random.randint(3, 12)):
         prompt = (random.choice(prefixes) if random.random() < 0.6 else ()) + _tokens(random, random.randint(1, 18))
         end = random.random()
         asks.append(
             Ask(
-                at=0.3 + 2.0 * random.random(),
+                at=0.3 + 2.5 * random.random(),
                 prompt=prompt,
                 params=SamplingParams(
                     max_tokens=random.choice((1, 2, 5, 12, 24, 40)),
@@ -195,66 +212,64 @@ def _tokens(random: Random, count: int) -> tuple[int, ...]:
     return tuple(random.randrange(VOCAB_SIZE) for _ in range(count))
 
 
-def _faults(
-    random: Random, workers: tuple[str, ...], routers: tuple[str, ...], *, has_digests: bool
-) -> tuple[Fault, ...]:
-    kinds = random.choices(
-        ("crash", "router crash", "stall", "jump", "partition", "break", "transfer", "wild", "drain"),
-        weights=(4, 2, 3, 1, 4, 3, 4, 3, 1),
-        k=random.choice((0, 1, 2, 2, 3, 4, 5)),
-    )
-    return tuple(
-        sorted((_fault(random, kind, workers, routers, has_digests) for kind in kinds), key=lambda one: one.at)
-    )
+MOMENTS = ("Prefill", "Reserve", "BlocksReady", "Reserved", "Read", "Verdict", "Joined", "Tokens", "Rebind", "Cancel")
 
 
-def _fault(random: Random, kind: str, workers: tuple[str, ...], routers: tuple[str, ...], has_digests: bool) -> Fault:
-    at = 0.3 + 3.0 * random.random()
-    worker, router = random.choice(workers), random.choice(routers)
+def _plan(
+    random: Random, prefill: tuple[str, ...], decode: tuple[str, ...], routers: tuple[str, ...], *, has_digests: bool
+) -> tuple[Planned, ...]:
+    planned = []
+    for _ in range(random.choice((0, 1, 2, 3, 4, 5, 6, 8))):
+        when: float | Moment = 0.3 + (CHAOS_S - 1.0) * random.random()
+        place = random.choice(prefill + decode)
+        if random.random() < 0.6:
+            after_s = random.choice((0.0, 0.0, 0.003, 0.05)) * random.random()
+            when, place = Moment(kind=random.choice(MOMENTS), number=random.randint(1, 10), after_s=after_s), THERE
+        fault = _fault(random, place, prefill, routers, has_digests=has_digests)
+        if not isinstance(fault, Abandon) or isinstance(when, Moment):
+            planned.append(Planned(when=when, fault=fault))
+    return tuple(planned)
+
+
+def _fault(
+    random: Random, worker: str, prefill: tuple[str, ...], routers: tuple[str, ...], *, has_digests: bool
+) -> Fault:
+    (kind,) = random.choices(
+        (Crash, Stall, ClockJump, Partition, Break, TransferTrouble, Wild, Drain, Abandon),
+        weights=(6, 3, 1, 4, 4, 6, 5, 1, 3),
+    )
+    router = random.choice(routers)
     for_s = random.choice((0.05, 0.3, 1.0, 2.5)) * (0.5 + random.random())
-    match kind:
-        case "crash":
-            silent = random.random() < 0.3
-            return Crash(at=at, place=worker, silent=silent, back_after_s=random.uniform(0.1, 2.0))
-        case "router crash":
-            silent = random.random() < 0.3
-            return Crash(at=at, place=router, silent=silent, back_after_s=random.uniform(0.1, 2.0))
-        case "stall":
-            return Stall(at=at, place=random.choice((worker, worker, router)), for_s=for_s)
-        case "jump":
-            return ClockJump(at=at, place=random.choice((worker, router)), by_s=for_s)
-        case "partition":
-            pairs = [(router, worker), (worker, router)]
-            if worker.startswith("decode"):
-                source = random.choice([one for one in workers if one.startswith("prefill")])
-                pairs += [(source, worker), (worker, source)]
-            if random.random() < 0.1:
-                pairs = [("client", router), (router, "client")]
-            source, target = random.choice(pairs)
-            return Partition(at=at, source=source, target=target, for_s=for_s, one_way=random.random() < 0.5)
-        case "break":
-            one, other = random.choice(((router, worker), (router, worker), ("client", router)))
-            after = (0.0, 0.02, 0.5, None)
-            return Break(
-                at=at, one=one, other=other, one_after_s=random.choice(after[:3]), other_after_s=random.choice(after)
-            )
-        case "transfer":
-            return TransferTrouble(
-                at=at,
-                for_s=for_s,
-                lost=random.choice((0.0, 0.2, 0.6)),
-                doubled=random.choice((0.0, 0.5)),
-                slow=random.choice((0.0, 0.2, 0.7)),
-                slowness_s=random.choice((0.1, 0.5, 3.0)),
-                damaged=random.choice((0.0, 0.0, 0.1)) if has_digests else 0.0,
-            )
-        case "wild":
-            return Wild(
-                at=at,
-                for_s=for_s,
-                lost=random.choice((0.0, 0.0, 0.1)),
-                doubled=random.choice((0.0, 0.3)),
-                overtaken=random.choice((0.0, 0.0, 0.2)),
-            )
-        case _:
-            return Drain(at=at, place=worker)
+    if kind is Crash:
+        place, silent = random.choice((worker, worker, router)), random.random() < 0.3
+        return Crash(place=place, silent=silent, back_after_s=random.uniform(0.1, 2.0))
+    if kind is Stall:
+        return Stall(place=random.choice((worker, worker, router)), for_s=for_s)
+    if kind is ClockJump:
+        return ClockJump(place=random.choice((worker, router)), by_s=for_s)
+    if kind is Partition:
+        pairs = [(router, worker), (random.choice(prefill), worker), ("client", router)]
+        one, other = random.choices(pairs, weights=(6, 3, 1))[0]
+        source, target = random.choice(((one, other), (other, one)))
+        return Partition(source=source, target=target, for_s=for_s, one_way=random.random() < 0.5)
+    if kind is Break:
+        one, other = random.choice(((router, worker), (router, worker), ("client", router)))
+        after = (0.0, 0.02, 0.5, None)
+        return Break(one=one, other=other, one_after_s=random.choice(after[:3]), other_after_s=random.choice(after))
+    if kind is TransferTrouble:
+        return TransferTrouble(
+            for_s=for_s,
+            lost=random.choice((0.0, 0.0, 0.2, 0.6)),
+            doubled=random.choice((0.0, 0.5)),
+            slow=random.choice((0.0, 0.2, 0.7)),
+            slowness_s=random.choice((0.02, 0.1, 0.5, 3.0)),
+            damaged=random.choice((0.0, 0.02, 0.2)) if has_digests else 0.0,
+        )
+    if kind is Wild:
+        return Wild(
+            for_s=for_s,
+            lost=random.choice((0.0, 0.0, 0.1)),
+            doubled=random.choice((0.0, 0.3)),
+            overtaken=random.choice((0.0, 0.0, 0.2)),
+        )
+    return Drain(place=worker) if kind is Drain else Abandon()

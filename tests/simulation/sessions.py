@@ -12,11 +12,12 @@ from duopool.core.types import Incarnation
 from duopool.proto import codec
 from duopool.router.connection import INCARNATION_KEY, Connect, Connection, ConnectionBroken
 
+from .laws import Laws
 from .network import End, Network, Stream, send
 from .virtual_time import Process
 
 
-def connector(network: Network, process: Process) -> Connect:
+def connector(network: Network, process: Process, laws: Laws) -> Connect:
     """What `Pools` takes as `connect`. An address is `place:port`."""
 
     @asynccontextmanager
@@ -25,7 +26,7 @@ def connector(network: Network, process: Process) -> Connect:
         metadata = {INCARNATION_KEY: str(incarnation)}
         stream = network.open(process, address, place, codec.SESSION_METHOD, metadata)
         try:
-            yield _SimulatedConnection(stream)
+            yield _SimulatedConnection(stream, laws)
         finally:
             stream.cancel()
 
@@ -33,8 +34,9 @@ def connector(network: Network, process: Process) -> Connect:
 
 
 class _SimulatedConnection:
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, laws: Laws) -> None:
         self._stream = stream
+        self._laws = laws
 
     async def read(self) -> StepReport:
         stream = self._stream
@@ -44,10 +46,15 @@ class _SimulatedConnection:
             stream.network.history.note(stream.client.place, f"session with {stream.place}: {ending} {item.details}")
             raise ConnectionBroken(f"{ending}: {item.details}")
         stream.network.history.note(stream.client.place, f"< {stream.place}", item.data)
-        return codec.decode_report(item.data)
+        report = codec.decode_report(item.data)
+        for event in report.events:
+            self._laws.router_hears(event)
+        return report
 
     async def write(self, batch: CommandBatch) -> None:
         stream = self._stream
         data = codec.encode(batch)
+        for command in batch.commands:
+            self._laws.router_says(command)
         stream.network.history.note(stream.client.place, f"command > {stream.place}", data)
         send(stream.network, stream.to_server, "commands", data)

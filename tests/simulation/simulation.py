@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from random import Random
 
 import msgspec
 
 from duopool.core.messages import CommandBatch, StepReport, WorkerInfo
+from duopool.core.types import RequestId
 from duopool.proto import codec
 
 from .client import Client
@@ -17,12 +19,17 @@ from .laws import Laws
 from .lives import RouterLife, WorkerLife, start_router, start_worker
 from .network import Network
 from .scenario import (
+    CHAOS_S,
+    THERE,
+    Abandon,
     Break,
     ClockJump,
     Crash,
     Drain,
     Fault,
+    Moment,
     Partition,
+    Planned,
     Scenario,
     Stall,
     TransferTrouble,
@@ -35,7 +42,7 @@ from .virtual_time import Process, VirtualTime
 AUDIT_S = 0.1
 """Every worker's own check, this often."""
 ENDING_S = 60.0
-"""All requests must have ended this long after the last fault and the last arrival."""
+"""All requests must have ended this long after the last fault began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +53,7 @@ class Outcome:
     endings: tuple[str, ...]
     num_entries: int
     virtual_s: float
-    faults: tuple[Fault, ...]
+    plan: tuple[Planned, ...]
     history: History = field(repr=False)
 
     @property
@@ -75,6 +82,8 @@ class Simulation:
             self.network, self._draw(), one_sided=scenario.one_sided, has_digests=scenario.has_digests
         )
         self.exchange.on_verdict = self._judge
+        self.exchange.on_read = lambda process: self._moment("Read", process.place, RequestId(""))
+        self.laws.on_moment = self._moment
         self.workers: dict[str, WorkerLife] = {}
         self.routers: dict[str, RouterLife] = {}
         self.clients: list[Client] = []
@@ -82,6 +91,8 @@ class Simulation:
         self._members: dict[str, WorkerInfo] = {}
         """As the supervisor knows them."""
         self._wild = self._draw()
+        self._num_moments = Counter[str]()
+        self._awaited: dict[tuple[str, int], list[Planned]] = defaultdict(list)
 
     def _draw(self) -> Random:
         """Randomness of its own for every part, so that one part's draws do not move another's."""
@@ -89,17 +100,14 @@ class Simulation:
 
     def run(self) -> Outcome:
         scenario, time, laws = self.scenario, self.time, self.laws
-        quiet = max((_over_at(fault) for fault in scenario.faults), default=0.0)
-        laws.quiet_from = quiet
-        if scenario.faults:
+        if scenario.plan:
             laws.patience_s = scenario.timers.orphan_ttl_s + 0.5
         laws.asks = {ask.params.seed: ask for ask in scenario.asks}
         errors = _Errors(laws)
         logging.getLogger("duopool").addHandler(errors)
         try:
             self._start()
-            last = max(quiet, max(ask.at for ask in scenario.asks))
-            time.run(last + ENDING_S, stop=lambda: bool(laws.breaches) or self._all_ended(quiet))
+            time.run(CHAOS_S + ENDING_S, stop=lambda: bool(laws.breaches) or self._all_ended())
             if not laws.breaches:
                 self._settle()
         except Exception as error:
@@ -119,7 +127,7 @@ class Simulation:
             endings=tuple(", ".join(client.endings) or "none" for client in self.clients),
             num_entries=len(self.history),
             virtual_s=outcome_s,
-            faults=scenario.faults,
+            plan=scenario.plan,
             history=self.history,
         )
 
@@ -134,13 +142,17 @@ class Simulation:
         for ask in self.scenario.asks:
             client = Client(ask, process, self.network, self.scenario.routers, self.laws)
             self.clients.append(client)
-            process.loop.create_task(client.run())
-        for fault in self.scenario.faults:
-            self.time.at(fault.at, lambda fault=fault: self._befall(fault))
+            client.start()
+        for planned in self.scenario.plan:
+            if isinstance(planned.when, Moment):
+                self._awaited[planned.when.kind, planned.when.number].append(planned)
+            else:
+                self.time.at(planned.when, lambda fault=planned.fault: self._befall(fault))
         self.time.at(AUDIT_S, self._audit)
 
-    def _all_ended(self, quiet: float) -> bool:
-        return self.time.now >= quiet and all(client.endings for client in self.clients)
+    def _all_ended(self) -> bool:
+        now = self.time.now
+        return now >= max(CHAOS_S, self.laws.quiet_from) and all(client.endings for client in self.clients)
 
     def _settle(self) -> None:
         """Everything ends by itself or by time: then nothing is held anywhere."""
@@ -206,7 +218,12 @@ class Simulation:
         process = self._process(place)
         self.history.note(place, "starts")
         self.routers[place] = start_router(
-            self.scenario, process, network=self.network, random=self._draw(), members=self._membership
+            self.scenario,
+            process,
+            network=self.network,
+            laws=self.laws,
+            random=self._draw(),
+            members=self._membership,
         )
 
     def _membership(self) -> list[WorkerInfo]:
@@ -222,8 +239,20 @@ class Simulation:
 
     # ---- faults ------------------------------------------------------------------------------------------------------
 
-    def _befall(self, fault: Fault) -> None:
+    def _moment(self, kind: str, place: str, request_id: RequestId) -> None:
+        """Something happened for the n-th time: faults may have waited for it."""
+        self._num_moments[kind] += 1
+        for planned in self._awaited.pop((kind, self._num_moments[kind]), ()):
+            assert isinstance(planned.when, Moment)
+            fault = _at_place(planned.fault, place)
+            when = self.time.now + planned.when.after_s
+            if when < CHAOS_S:
+                # Not at once: what is happening now has to happen whole.
+                self.time.at(when, lambda fault=fault: self._befall(fault, request_id))
+
+    def _befall(self, fault: Fault, request_id: RequestId | None = None) -> None:
         self.history.note("fault", _words(fault))
+        self.laws.quiet_from = max(self.laws.quiet_from, self.time.now + _lasts_s(fault))
         match fault:
             case Crash():
                 self._crash(fault)
@@ -254,6 +283,11 @@ class Simulation:
                 self.time.at(self.time.now + fault.for_s, lambda: setattr(self.network, "perturb", None))
             case Drain(place=place):
                 self._drain(place)
+            case Abandon():
+                seed = None if request_id is None else self.laws.ask_of.get(request_id)
+                for client in self.clients:
+                    if client.ask.params.seed == seed:
+                        client.process.plan(0.0, client.abandon)
 
     def _living(self, place: str) -> Process:
         return self.workers[place].process if place in self.workers else self.routers[place].process
@@ -321,7 +355,7 @@ class Simulation:
     def _judge(self, source: object, asked: object, verdict: object) -> None:
         for life in self.workers.values():
             if life.process is source.process:  # type: ignore[attr-defined]
-                life.watched.judges(source, asked, verdict)  # type: ignore[arg-type]
+                life.watched.judges(asked, verdict)  # type: ignore[arg-type]
 
 
 class _Errors(logging.Handler):
@@ -337,18 +371,25 @@ class _Errors(logging.Handler):
         self._laws.breach(f"logged an error: {record.getMessage()}{where}")
 
 
-def _over_at(fault: Fault) -> float:
+def _at_place(fault: Fault, place: str) -> Fault:
+    """The fault at the worker where its moment came."""
+    fields = ("place", "source", "target", "one", "other")
+    return replace(fault, **{name: place for name in fields if getattr(fault, name, None) == THERE})
+
+
+def _lasts_s(fault: Fault) -> float:
+    """How long it takes until the system could be as before."""
     match fault:
-        case Crash(at=at, back_after_s=back_after_s):
-            return at + back_after_s
-        case Stall(at=at, for_s=for_s) | Partition(at=at, for_s=for_s) | Wild(at=at, for_s=for_s):
-            return at + for_s
-        case TransferTrouble(at=at, for_s=for_s, slowness_s=slowness_s):
-            return at + for_s + slowness_s
-        case ClockJump(at=at, by_s=by_s):
-            return at + by_s
+        case Crash(back_after_s=back_after_s):
+            return back_after_s
+        case Stall(for_s=for_s) | Partition(for_s=for_s) | Wild(for_s=for_s):
+            return for_s
+        case TransferTrouble(for_s=for_s, slowness_s=slowness_s):
+            return for_s + slowness_s
+        case ClockJump(by_s=by_s):
+            return by_s
         case _:
-            return fault.at + 0.5
+            return 0.5
 
 
 def _where(error: BaseException) -> str:
@@ -360,7 +401,7 @@ def _where(error: BaseException) -> str:
 
 
 def _words(fault: Fault) -> str:
-    fields = {name: getattr(fault, name) for name in fault.__dataclass_fields__ if name != "at"}
+    fields = {name: getattr(fault, name) for name in fault.__dataclass_fields__}
     rest = ", ".join(
         f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items()
     )

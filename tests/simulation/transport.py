@@ -62,6 +62,8 @@ class Exchange:
         self.has_digests = has_digests
         """Without digests the lease alone must tell good pages from stale ones; then no page is damaged on its way."""
         self.on_verdict: Callable[[Source, Validate, Verdict], None] = lambda source, asked, verdict: None
+        self.on_read: Callable[[Process], None] = lambda process: None
+        """Told which decode worker begins to read."""
         self._sources: dict[str, Source] = {}
 
     def listen(self, address: str, source: Source) -> None:
@@ -100,6 +102,7 @@ class SimulatedReader:
         asked = ReadBlocks(
             lease_id=lease.lease_id, incarnation=lease.incarnation, attempt=attempt, blocks=tuple(sources)
         )
+        self._exchange.on_read(self._process)
         read = _Read(self, lease, asked, tuple(targets), done)
         if self._exchange.one_sided:
             read.begin_one_sided()

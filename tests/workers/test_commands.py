@@ -17,6 +17,7 @@ from duopool.core.messages import (
     Prefill,
     Rebind,
     Reserve,
+    Reserved,
     SnapshotWanted,
     WorkerLoad,
 )
@@ -199,6 +200,18 @@ def test_requests_of_a_router_that_is_gone_or_silent_end(is_closed: bool) -> Non
     pair.assert_nothing_is_held()
     if not is_closed:
         assert {nack.reason for nack in pair.nacks()} == {NackReason.STALE}
+
+
+def test_a_reservation_that_no_block_comes_for_is_told_again_so_that_a_lost_cancel_can_be_repeated() -> None:
+    pair = make_pair()
+    request = pair.request("r0", [1] * 8, max_tokens=2, ignore_eos=True)
+    pair.to_decode(Reserve(request=request, attempt=1))
+    assert len([event for event in pair.events if isinstance(event, Reserved)]) == 1
+    for _ in range(7):
+        pair.pass_time(1.0)  # the router lives, and its Cancel was lost on the way
+    assert len([event for event in pair.events if isinstance(event, Reserved)]) == 2
+    pair.cancel("r0")
+    pair.assert_nothing_is_held()
 
 
 def test_commands_for_the_other_role_are_refused_or_ignored() -> None:
