@@ -22,6 +22,7 @@ from duopool.core.messages import (
     Rebind,
     Reserve,
     Reserved,
+    Stay,
     Tokens,
     Validate,
     Verdict,
@@ -66,10 +67,17 @@ class Laws:
     def router_says(self, command: Command) -> None:
         """A command leaves a router."""
         match command:
-            case Prefill(request=request, attempt=attempt) | Reserve(request=request, attempt=attempt):
+            case (
+                Prefill(request=request, attempt=attempt)
+                | Reserve(request=request, attempt=attempt, local_prefill=True)
+            ):
+                # A Reserve of any other kind comes with a Prefill or a Rebind, or is for a shadow.
                 heard = self.heard[request.request_id]
                 heard.current = max(heard.current, attempt)
-            case Cancel(request_id=request_id, attempt=attempt):
+            case Rebind(request_id=request_id, attempt=attempt):
+                heard = self.heard[request_id]
+                heard.current = max(heard.current, attempt)
+            case Cancel(request_id=request_id, attempt=attempt) if attempt >= self.heard[request_id].current:
                 heard = self.heard[request_id]
                 heard.current = max(heard.current, attempt + 1)
             case _:
@@ -196,6 +204,9 @@ class WatchedWorker:
             case Cancel(request_id=request_id, attempt=attempt):
                 seen = self._requests[request_id]
                 seen.over = max(seen.over, attempt)
+            case Stay(request_id=request_id, attempt=attempt):
+                seen = self._requests[request_id]
+                seen.newest = max(seen.newest, attempt + 1)
             case BlocksReady(request_id=request_id, attempt=attempt, lease=lease):
                 self._requests[request_id].leases[attempt] = lease.lease_id
             case _:

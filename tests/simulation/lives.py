@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
 from duopool.core.config import ModelConfig, RouterConfig, WorkerConfig
 from duopool.core.kv_manager import KVCacheManager
-from duopool.core.messages import SealedBlock, WorkerInfo
+from duopool.core.messages import WorkerInfo
 from duopool.core.step import StepPlan
-from duopool.core.types import BlockId, Incarnation, LeaseId, Role, WorkerId
+from duopool.core.types import Incarnation, LeaseId, Role, WorkerId
 from duopool.decode_worker.worker import DecodeWorker
 from duopool.engine.leases import SourceIdentity
 from duopool.engine.served_model import ServedModel
@@ -90,24 +91,13 @@ def start_worker(
         watch=lambda chunk: watched.computes(chunk),
     )
     identity = SourceIdentity(worker_id=WorkerId(place), incarnation=incarnation, source_address=address)
-
-    def seal_pages(block_ids: list[BlockId], generations: list[int]) -> tuple[SealedBlock, ...]:
-        return seal(pages, block_ids, generations)
-
     surroundings = Surroundings(
-        seal=seal_pages,  # type: ignore[arg-type]
-        new_lease_id=lambda: LeaseId(random.getrandbits(63)),
-        clock=process.clock,
+        seal=partial(seal, pages), new_lease_id=lambda: LeaseId(random.getrandbits(63)), clock=process.clock
     )
     worker: PrefillWorker | DecodeWorker
     if role is Role.PREFILL:
         worker = PrefillWorker(
-            config=config,
-            identity=identity,
-            model=model,
-            manager=manager,
-            runner=runner,
-            surroundings=surroundings,
+            config=config, identity=identity, model=model, manager=manager, runner=runner, surroundings=surroundings
         )
     else:
         worker = DecodeWorker(
@@ -193,9 +183,9 @@ def start_router(
     described = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
     server.add_generic_rpc_handlers((service_handler(described, InferenceService(generation, PublicAccess())),))
     evacuation = Evacuation(pools, clock=process.clock)
-    pools.on_change = evacuation.wake
 
     def start() -> None:
+        pools.on_change = evacuation.wake
         process.loop.create_task(evacuation.run())
         pools.update(members())
 

@@ -212,7 +212,19 @@ def _tokens(random: Random, count: int) -> tuple[int, ...]:
     return tuple(random.randrange(VOCAB_SIZE) for _ in range(count))
 
 
-MOMENTS = ("Prefill", "Reserve", "BlocksReady", "Reserved", "Read", "Verdict", "Joined", "Tokens", "Rebind", "Cancel")
+MOMENTS = (
+    "Prefill",
+    "Reserve",
+    "BlocksReady",
+    "Reserved",
+    "Read",
+    "Verdict",
+    "Joined",
+    "Tokens",
+    "Rebind",
+    "Cancel",
+    "Copied",
+)
 
 
 def _plan(
@@ -236,7 +248,7 @@ def _fault(
 ) -> Fault:
     (kind,) = random.choices(
         (Crash, Stall, ClockJump, Partition, Break, TransferTrouble, Wild, Drain, Abandon),
-        weights=(6, 3, 1, 4, 4, 6, 5, 1, 3),
+        weights=(6, 3, 1, 4, 4, 6, 5, 3, 3),
     )
     router = random.choice(routers)
     for_s = random.choice((0.05, 0.3, 1.0, 2.5)) * (0.5 + random.random())
