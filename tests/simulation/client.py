@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import grpc
+import tokenizers
 
 from duopool.core.types import RequestId
 from duopool.proto import inference_pb2 as pb
+from duopool.router.tokenizer import Tokenizer
 
 from .laws import Laws
-from .model import expected_output
+from .model import EOS, VOCAB_SIZE, expected_output
 from .network import End, Message, Network, Stream
 from .scenario import Ask
 from .virtual_time import Process
@@ -177,21 +180,10 @@ def text_of(token_id: int) -> str:
     return chr(0x4E00 + token_id)
 
 
-class CharacterTokenizer:
-    """What the router uses of its tokenizer, with one character for every token."""
-
-    eos_token_ids: frozenset[int]
-    special_ids: frozenset[int] = frozenset()
-    max_token_chars = 1
-
-    def __init__(self, eos_token_ids: frozenset[int]) -> None:
-        self.eos_token_ids = eos_token_ids
-
-    def decode(self, token_ids: list[int]) -> str:
-        return "".join(map(text_of, token_ids))
-
-    def text_of(self, token_id: int) -> str:
-        return text_of(token_id)
-
-    def as_json(self) -> str:
-        raise NotImplementedError("no simulated request asks for constrained output")
+@lru_cache(maxsize=1)
+def character_tokenizer() -> Tokenizer:
+    """The router's tokenizer over one character for every token."""
+    vocabulary = {text_of(token_id): token_id for token_id in range(VOCAB_SIZE)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=text_of(0)))
+    backend.decoder = tokenizers.decoders.Fuse()
+    return Tokenizer(backend, eos_token_ids=frozenset({EOS}))

@@ -30,7 +30,7 @@ from duopool.router.pools import Pools
 from duopool.router.public_access import PublicAccess
 from duopool.router.rpc import service_handler
 
-from .client import CharacterTokenizer
+from .client import character_tokenizer
 from .laws import Laws, WatchedWorker
 from .model import BLOCK_SIZE, EOS, PAGE_BYTES, VOCAB_SIZE, Pages, SimulatedRunner
 from .network import Network
@@ -167,12 +167,11 @@ def start_router(
     """A router at port 1 of its place, with the membership as it is then."""
     config = RouterConfig(model=ModelConfig(model=MODEL), handoff=scenario.timers, block_size=BLOCK_SIZE)
     pools = Pools(config, connect=connector(network, process, laws), clock=process.clock)
-    tokenizer: Any = CharacterTokenizer(frozenset({EOS}))
     executor: Any = None  # prompts come as tokens: nothing is encoded
     generation = Generation(
         config,
         model_id=MODEL,
-        tokenizer=tokenizer,
+        tokenizer=character_tokenizer(),
         pools=pools,
         executor=executor,
         random=random,
