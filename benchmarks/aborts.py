@@ -16,21 +16,14 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from random import Random
 
 import grpc
 from abort_storm import Storm
-from tiny_model import make_tiny_model
+from own_system import add_options, own_system
 
 from duopool.cluster.admin_access import admin_stub
-from duopool.cluster.config import ClusterConfig
-from duopool.cluster.system import System
-from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig
 from duopool.proto import inference_pb2 as pb
 
 ORPHAN_LIMIT_S = 8.0
@@ -138,45 +131,19 @@ async def same_counts(auditor: Auditor, before: dict[str, tuple[int, ...]]) -> d
         await asyncio.sleep(0.2)
 
 
-@contextmanager
-def server(arguments: argparse.Namespace) -> Iterator[str]:
-    """Address of the running system, or of one that lives as long as the block."""
-    if arguments.address is not None:
-        yield arguments.address
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        model = str(make_tiny_model(Path(folder))) if arguments.model == "tiny" else arguments.model
-        config = ClusterConfig(
-            port=0,
-            prefill=arguments.prefill,
-            decode=arguments.decode,
-            model=ModelConfig(model=model, served_model_name=arguments.model),
-            cache=CacheConfig(num_blocks=arguments.num_blocks),
-            handoff=HandoffConfig(transport=arguments.transport),
-            num_threads=1,
-        )
-        with System.start(config) as system:
-            yield system.address
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000, help="aborted requests")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--router-kills", type=int, default=10)
     parser.add_argument("--rest-limit-s", type=float, default=1.0, help="from the last abort until nothing is held")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--address", help="HOST:PORT of a running system on this machine")
-    parser.add_argument("--prefill", type=int, default=1)
-    parser.add_argument("--decode", type=int, default=2)
-    parser.add_argument("--num-blocks", type=int, default=1024)
-    parser.add_argument("--transport", default="auto", choices=("auto", "nixl", "grpc"))
     parser.add_argument("--max-prompt", type=int, default=300)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
+    add_options(parser, model="tiny", decode=2)
     arguments = parser.parse_args()
     try:
-        with server(arguments) as address:
+        with own_system(arguments) as address:
             asyncio.run(run(address, arguments))
     except Failed as failure:
         print(f"FAILED: {failure}", file=sys.stderr)
