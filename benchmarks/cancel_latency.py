@@ -1,6 +1,6 @@
 """How long a cancelled request keeps its blocks on the decode worker.
 
-    python benchmarks/cancel_latency.py [--cancels 300] [--beside 4] [--model smollm2]
+    python benchmarks/cancel_latency.py [--cancels 200] [--beside 4] [--model smollm2]
 
 Beside some streams that go on, one after another starts and is cancelled at a random token; audits, each of which costs
 some milliseconds, are asked until the decode worker no longer holds it. What is counted is the time from the cancel to
@@ -28,7 +28,7 @@ LIMIT_S = 0.050
 
 
 def request(random: Random, max_tokens: int) -> pb.GenerateRequest:
-    prompt = [random.randrange(3, 1000) for _ in range(random.randint(100, 200))]
+    prompt = [random.randrange(3, 1000) for _ in range(random.randint(20, 120))]
     sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
     return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
 
@@ -83,7 +83,7 @@ class Decode:
 def measure(stub: Any, decode: Decode, random: Random, num_beside: int) -> tuple[float, float]:
     """(seconds from the cancel until an audit showed that the worker holds the others only, duration of a step)."""
     call = stub.Generate(request(random, 400))
-    at_token, num_tokens = random.randint(2, 12), 0
+    at_token, num_tokens = random.randint(2, 6), 0
     for response in call:
         num_tokens += len(response.tokens.token_ids)
         if num_tokens >= at_token:
@@ -98,7 +98,7 @@ def measure(stub: Any, decode: Decode, random: Random, num_beside: int) -> tuple
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cancels", type=int, default=300)
+    parser.add_argument("--cancels", type=int, default=200)
     parser.add_argument("--beside", type=int, default=4, help="streams that go on meanwhile")
     parser.add_argument("--seed", type=int, default=1)
     add_options(parser, model="smollm2")
@@ -111,7 +111,11 @@ def main() -> int:
         beside.start()
         while decode.num_held() < arguments.beside:
             time.sleep(0.05)
-        samples = [measure(stub, decode, random, arguments.beside) for _ in range(arguments.cancels)]
+        samples = []
+        for number in range(arguments.cancels):
+            samples.append(measure(stub, decode, random, arguments.beside))
+            if number % 20 == 0:
+                print(f"{number + 1} of {arguments.cancels}", flush=True)
         beside.stop()
     waits = sorted(whole_s for whole_s, _ in samples)
     beyond = sorted(whole_s - step_s for whole_s, step_s in samples)

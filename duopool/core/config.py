@@ -133,6 +133,10 @@ class RouterConfig(_Config):
     """For the supervisor and operators; 0 lets the system choose."""
     max_num_requests: int = Field(default=1024, ge=1)
     """Requests alive at once; past it new ones get RESOURCE_EXHAUSTED."""
+    max_num_waiting_tokens: int = Field(default=1 << 18, ge=1)
+    """Prompt tokens of accepted requests that do not decode yet; past it new ones get RESOURCE_EXHAUSTED."""
+    max_wait_s: float = Field(default=60.0, gt=0)
+    """A request that would wait longer than this before it decodes is refused at once."""
     max_message_bytes: int = Field(default=4 << 20, ge=1024)
     max_unread_tokens: int = Field(default=4096, ge=1)
     """Tokens a client may leave unread before its stream is ended."""

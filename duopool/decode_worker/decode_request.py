@@ -37,6 +37,8 @@ class DecodeRequest:
     order: int
     """Position in the order of arrival."""
     deadline_at: float | None
+    due_at: float
+    """What waiting requests are ordered by, among those that have not begun."""
     keys: tuple[BlockKey, ...]
     """Of the full blocks of the prefix that it came with."""
     slot: Slot | None
@@ -91,6 +93,11 @@ class DecodeRequest:
         if self.slot is not None:
             return self.num_tokens
         return self.num_tokens - 1 if self.num_prompt_logprobs is None else 0
+
+    @property
+    def urgency(self) -> tuple[bool, float, int]:
+        """What waits is ordered by this: those that had begun in their old order, then the earliest deadline."""
+        return (not self.has_begun, 0.0 if self.has_begun else self.due_at, self.order)
 
     def is_late(self, *, now: float) -> bool:
         return not self.has_begun and self.deadline_at is not None and now >= self.deadline_at

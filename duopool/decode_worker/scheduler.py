@@ -3,9 +3,10 @@
 Continuous batching: every running request gets one token per step; what is left of the token budget goes to prefixes
 that are computed here (short prompts, and recompute after preemption). Nobody in the batch ever waits for a handoff.
 
-Admission is first come, first served, and leaves head-room so that running requests can grow. When one cannot grow, the
-request that arrived last gives up its blocks, keeps its tokens, and waits again in its old place: what it had computed
-is still cached unless others needed the room. Owns the queues; blocks belong to the manager, messages to the worker.
+Admission is earliest deadline first, and leaves head-room so that running requests can grow. When one cannot grow, the
+request that arrived last gives up its blocks, keeps its tokens, and waits again before all that have not begun: what it
+had computed is still cached unless others needed the room. Owns the queues; blocks belong to the manager, messages to
+the worker.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ def _order(request: DecodeRequest) -> int:
     return request.order
 
 
+def _urgency(request: DecodeRequest) -> tuple[bool, float, int]:
+    return request.urgency
+
+
 class DecodeScheduler:
-    """Requests that wait, that pull their blocks, and that run; each in order of arrival."""
+    """Requests that wait, by their urgency; that pull their blocks; and that run, in order of arrival."""
 
     def __init__(self, manager: KVCacheManager, config: SchedulerConfig, *, eos_token_ids: frozenset[int]) -> None:
         self.waiting: list[DecodeRequest] = []
@@ -46,7 +51,7 @@ class DecodeScheduler:
 
     def add(self, request: DecodeRequest) -> None:
         """Let a request wait in its place."""
-        insort(self.waiting, request, key=_order)
+        insort(self.waiting, request, key=_urgency)
 
     def join(self, request: DecodeRequest) -> None:
         """All blocks of a handoff are here: the request decodes from the next step on."""
@@ -104,8 +109,8 @@ class DecodeScheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless queues, order, phases and tables agree."""
-        for queue in (self.waiting, self.running):
-            assert [one.order for one in queue] == sorted({one.order for one in queue})
+        assert [one.urgency for one in self.waiting] == sorted({one.urgency for one in self.waiting})
+        assert [one.order for one in self.running] == sorted({one.order for one in self.running})
         assert all(one.phase is DecodePhase.WAITING and not self._manager.has(one.table) for one in self.waiting)
         assert not any(one.num_computed_tokens for one in self.waiting)
         assert all(one.phase is DecodePhase.RUNNING and self._manager.has(one.table) for one in self.running)

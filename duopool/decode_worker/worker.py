@@ -53,7 +53,7 @@ from duopool.decode_worker.emitter import Emitter
 from duopool.decode_worker.handoff import Answer, Handoffs, Outcome
 from duopool.decode_worker.holder import holder
 from duopool.decode_worker.scheduler import DecodeScheduler
-from duopool.engine.arrivals import Arrivals, Standing
+from duopool.engine.arrivals import Arrivals, Standing, due_at
 from duopool.engine.failpoints import Failpoint, reach
 from duopool.engine.leases import SourceIdentity
 from duopool.engine.ledger import make_ledger, unique
@@ -147,7 +147,6 @@ class DecodeWorker:
 
     def step(self, *, now: float) -> bool:
         with self._changing():
-            self._end_late(now=now)
             self._admit()
             plan = self._schedule()
             listings = self._departures.plan(self._in_step)
@@ -169,7 +168,6 @@ class DecodeWorker:
 
     def tick(self, *, now: float) -> None:
         with self._changing():
-            self._end_late(now=now)
             for request in list(self._requests.values()):
                 if self._outbox.is_silent(request.session, now=now, limit_s=self._timers.orphan_ttl_s):
                     self._nack(request, NackReason.STALE, "the router was silent for too long")
@@ -269,6 +267,7 @@ class DecodeWorker:
             session=session,
             order=self._num_arrived,
             deadline_at=None if command.deadline_s is None else now + command.deadline_s,
+            due_at=due_at(command.deadline_s, now=now),
             keys=self._manager.keys(request.token_ids, request.cache_salt),
             slot=None if command.local_prefill else Slot(attempt=command.attempt, is_moving=command.is_moving),
             output=list(request.output_token_ids),
@@ -320,6 +319,7 @@ class DecodeWorker:
     # ---- handoff -------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
+        self._end_late(now=self._clock())
         for request in self._scheduler.admit():
             is_new, request.has_begun = not request.has_begun, True
             if is_new:

@@ -15,6 +15,16 @@ from duopool.core.messages import NackReason
 from duopool.core.types import RequestId
 from duopool.engine.served_model import Refusal, ServedModel
 
+PATIENCE_S = 30.0
+
+
+def due_at(deadline_s: float | None, *, now: float) -> float:
+    """When a request that arrives wants its turn: its deadline, or a while from now if it has none or a late one.
+
+    Queues are ordered by this, so nobody is overtaken by what comes more than PATIENCE_S later.
+    """
+    return now + (PATIENCE_S if deadline_s is None else min(deadline_s, PATIENCE_S))
+
 
 class Standing(Enum):
     """An arriving attempt among the attempts of its request that the worker has seen."""

@@ -33,6 +33,8 @@ class PrefillRequest:
     session: SessionId
     arrived_at: float
     deadline_at: float | None
+    due_at: float
+    """What the queues are ordered by."""
     token_ids: tuple[int, ...]
     keys: tuple[BlockKey, ...]
     phase: PrefillPhase = PrefillPhase.WAITING

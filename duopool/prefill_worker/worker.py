@@ -39,7 +39,7 @@ from duopool.core.messages import (
 from duopool.core.step import Runner, StepPlan, StepResult
 from duopool.core.types import LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId
-from duopool.engine.arrivals import Arrivals, Standing
+from duopool.engine.arrivals import Arrivals, Standing, due_at
 from duopool.engine.failpoints import Failpoint, reach
 from duopool.engine.leases import LeaseBook, SourceIdentity
 from duopool.engine.ledger import make_ledger, unique
@@ -244,6 +244,7 @@ class PrefillWorker:
             session=session,
             arrived_at=now,
             deadline_at=None if command.deadline_s is None else now + command.deadline_s,
+            due_at=due_at(command.deadline_s, now=now),
             token_ids=token_ids,
             keys=self._manager.keys(token_ids, command.request.cache_salt),
         )

@@ -30,6 +30,7 @@ from duopool.router.pools import Pools
 from duopool.router.request_life import ROUTE_WAIT_S, Origin, RequestLife
 from duopool.router.text_stream import TextStream
 from duopool.router.tokenizer import Tokenizer
+from duopool.router.waiting_room import Place, WaitingRoom
 from duopool.router.watch import NOBODY, Watch
 
 Result = TypeVar("Result")
@@ -74,6 +75,9 @@ class Generation:
         self._route_wait_s = route_wait_s
         self._watch = watch
         self._admission = admission.Admission(config.max_num_requests)
+        self._room = WaitingRoom(
+            max_num_tokens=config.max_num_waiting_tokens, max_wait_s=config.max_wait_s, clock=clock
+        )
         self._guides = GuideCompiler(tokenizer)
 
     @asynccontextmanager
@@ -88,6 +92,7 @@ class Generation:
         admission.check_prompts(len(ask.prompts))
         admission.check_choices(ask.num_choices)
         num_lives = len(ask.prompts) * ask.num_choices
+        self._room.check(time_left_s=time_left_s)
         with self._admission.admit(num_lives):
             params = ask.params
             if ask.takes_all_room:
@@ -97,13 +102,14 @@ class Generation:
                 grammar = await self._off_loop(self._guides.compile, ask.guide)
                 ask = replace(ask, params=replace(ask.params, grammar=grammar))
             outbox = Outbox(self._config.max_unread_tokens, num_choices=num_lives)
-            lives = [
-                self._life(ask, prompt, outbox, choice=place * ask.num_choices + choice, deadline=deadline)
-                for place, prompt in enumerate(prompts)
-                for choice in range(ask.num_choices)
-            ]
-            async with self._running(lives, outbox, deadline):
-                yield Stream(outbox=outbox, prompts=prompts)
+            asked = [prompt for prompt in prompts for _ in range(ask.num_choices)]
+            with self._room.enter([len(prompt) for prompt in asked], time_left_s=time_left_s) as places:
+                lives = [
+                    self._life(ask, prompt, outbox, place, choice=choice, deadline=deadline)
+                    for choice, (prompt, place) in enumerate(zip(asked, places, strict=True))
+                ]
+                async with self._running(lives, outbox, deadline):
+                    yield Stream(outbox=outbox, prompts=prompts)
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt, made off the event loop; refuses a text that can never fit before making them."""
@@ -198,7 +204,14 @@ class Generation:
                 life.stop(Phase.CANCELLED)
 
     def _life(
-        self, ask: Ask, prompt_token_ids: tuple[int, ...], outbox: Outbox, *, choice: int, deadline: float | None
+        self,
+        ask: Ask,
+        prompt_token_ids: tuple[int, ...],
+        outbox: Outbox,
+        place: Place,
+        *,
+        choice: int,
+        deadline: float | None,
     ) -> RequestLife:
         tokenizer = self.tokenizer
         request_id = RequestId(self.draw_id())
@@ -228,6 +241,7 @@ class Generation:
             tokenizer=tokenizer,
             pools=self.pools,
             outbox=outbox,
+            place=place,
             watch=self._watch,
             clock=self._clock,
         )

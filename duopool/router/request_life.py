@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from duopool.core.audit import RequestEntry
-from duopool.core.errors import DeadlineMissed, DuopoolError, Overloaded, PromptTooLong, Unavailable, WorkerLost
+from duopool.core.errors import DeadlineMissed, DuopoolError, PromptTooLong, Unavailable, WorkerLost
 from duopool.core.handoff.request import (
     Action,
     Emit,
@@ -56,6 +56,7 @@ from duopool.router.route_search import RouteSearch, pinned_prefill
 from duopool.router.stage_times import StageTimes
 from duopool.router.text_stream import TextStream
 from duopool.router.tokenizer import Tokenizer
+from duopool.router.waiting_room import Place
 from duopool.router.watch import NOBODY, RequestRecord, Watch
 
 ROUTE_WAIT_S = 60.0
@@ -88,12 +89,14 @@ class RequestLife:
         tokenizer: Tokenizer,
         pools: Pools,
         outbox: Outbox,
+        place: Place,
         watch: Watch = NOBODY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
         self._watch = watch
         self._origin = origin
+        self._place = place
         self._pools = pools
         self._clock = clock
         self._stage = StageTimes(began_at=clock())
@@ -217,6 +220,8 @@ class RequestLife:
 
     def _feed(self, event: RequestEvent) -> None:
         self._state, actions = transition(self._state, event)
+        if self._state.phase is Phase.DECODING:
+            self._place.decodes()
         self._perform(actions)
 
     def _perform(self, actions: Sequence[Action]) -> None:
@@ -252,6 +257,9 @@ class RequestLife:
         self._wanted = None
         self._search.end()
         self._pools.leave(self.request_id)
+        if finish.phase is Phase.DONE:
+            self._place.finish()
+        self._place.leave()
         error = self._error or _error_of(finish)
         if error is not None:
             self._delivery.fail(error)
@@ -310,8 +318,6 @@ def _error_of(finish: Finish) -> DuopoolError | None:
             return DeadlineMissed(finish.reason)
         case NackReason.TOO_LARGE:
             return PromptTooLong("prompt", finish.reason)
-        case NackReason.BUSY:
-            return Overloaded("all workers are busy", retry_after_s=(nack.retry_after_s if nack else 0.0) or 1.0)
         case NackReason.INTERNAL:
             return DuopoolError(finish.reason)
         case _:

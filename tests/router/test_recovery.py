@@ -219,7 +219,6 @@ def test_a_request_that_takes_two_workers_down_is_not_tried_again() -> None:
         (NackReason.TOO_LARGE, grpc.StatusCode.INVALID_ARGUMENT),
         (NackReason.DEADLINE, grpc.StatusCode.DEADLINE_EXCEEDED),
         (NackReason.INTERNAL, grpc.StatusCode.INTERNAL),
-        (NackReason.BUSY, grpc.StatusCode.RESOURCE_EXHAUSTED),
         (NackReason.TRANSFER_FAILED, grpc.StatusCode.UNAVAILABLE),
     ],
 )
@@ -233,6 +232,20 @@ def test_a_refusal_becomes_the_fitting_code(reason: NackReason, code: grpc.Statu
             await eventually(lambda: cluster.workers[1].received(Cancel))
             cluster.workers[0].refuse = None
             await Reading(cluster.inference.Generate(request(6))).check(6)
+
+    asyncio.run(run())
+
+
+def test_what_was_accepted_waits_for_a_busy_worker_however_often_it_refuses() -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster:
+            prefill = cluster.workers[0]
+            prefill.refuse = NackReason.BUSY
+            reading = Reading(cluster.inference.Generate(request(6)))
+            more_than_retries = cluster.config.handoff.max_retries + 2
+            await eventually(lambda: len(prefill.received(Prefill)) > more_than_retries)
+            prefill.refuse = None
+            await reading.check(6)
 
     asyncio.run(run())
 

@@ -225,6 +225,8 @@ def _tokens(state: RequestState, tokens: Tokens) -> Step:
 def _nack(state: RequestState, member: Member, nack: Nack) -> Step:
     if state.phase is Phase.DECODING and state.route is not None and member != state.route.decode:
         return state, ()  # P's part is over
+    if nack.reason in (NackReason.BUSY, NackReason.DRAINING):
+        return _elsewhere(state, member)  # no failure: what was accepted waits until somebody takes it
     final = (NackReason.TOO_LARGE, NackReason.DEADLINE, NackReason.INTERNAL)
     if nack.reason in final or state.retries_left == 0:
         return _end(state, Finish(Phase.FAILED, nack.detail or nack.reason.value, nack))
