@@ -28,6 +28,7 @@ from duopool.proto import inference_pb2_grpc
 from duopool.proto.status import read_status
 
 LEAST_SHARE = 0.9
+SETTLE_S = 8.0
 SEARCHED = (0.7, 1.0, 1.4)
 """Offered loads, against a first guess of the capacity, among which the peak is looked for."""
 
@@ -37,17 +38,20 @@ class Outcome:
     """What became of the requests of one load."""
 
     num_offered: int = 0
-    num_good: int = 0
+    good_at: list[float] = field(default_factory=list)
+    """When requests finished in time, in seconds from the beginning."""
     ends: Counter[str] = field(default_factory=Counter)
     refusals_s: list[float] = field(default_factory=list)
     """From sending a request to its refusal."""
     num_without_retry_info: int = 0
+    began_at: float = field(default_factory=time.monotonic)
     took_s: float = 0.0
+    """Until the last arrival."""
 
     @property
     def goodput(self) -> float:
-        """Requests per second that finished in time."""
-        return self.num_good / self.took_s
+        """Requests per second that finished in time, once the load had settled and before it ended."""
+        return sum(SETTLE_S <= at <= self.took_s for at in self.good_at) / (self.took_s - SETTLE_S)
 
     def __str__(self) -> str:
         refused = ""
@@ -69,26 +73,25 @@ class Client:
 
     async def closed_loop(self, num_streams: int, seconds: float) -> Outcome:
         """As many requests as streams, each followed by the next."""
-        outcome, begin = Outcome(), time.monotonic()
+        outcome = Outcome()
 
         async def stream() -> None:
-            while time.monotonic() - begin < seconds:
+            while time.monotonic() - outcome.began_at < seconds:
                 await self._one(outcome, timeout_s=120.0)
 
         await asyncio.gather(*(stream() for _ in range(num_streams)))
-        outcome.took_s = time.monotonic() - begin
+        outcome.took_s = time.monotonic() - outcome.began_at
         return outcome
 
     async def open_loop(self, rate: float, seconds: float) -> Outcome:
-        """Requests at `rate` per second, whatever becomes of them. Counts until the last arrival's deadline."""
-        outcome, begin, due_s = Outcome(), time.monotonic(), 0.0
+        """Requests at `rate` per second, whatever becomes of them."""
+        outcome, due_s = Outcome(), 0.0
         tasks = set()
         while due_s < seconds:
-            await asyncio.sleep(max(0.0, begin + due_s - time.monotonic()))
+            await asyncio.sleep(max(0.0, outcome.began_at + due_s - time.monotonic()))
             tasks.add(asyncio.create_task(self._one(outcome, timeout_s=self._arguments.deadline_s)))
             due_s += self._random.expovariate(rate)
-        # Those that arrived last finish after the load has ended, and those of the first moments had nobody before them.
-        outcome.took_s = time.monotonic() - begin
+        outcome.took_s = time.monotonic() - outcome.began_at
         await asyncio.gather(*tasks)
         return outcome
 
@@ -100,7 +103,7 @@ class Client:
             async for response in self._stub.Generate(self._request(), timeout=timeout_s):
                 is_accepted = True
                 if response.HasField("finished"):
-                    outcome.num_good += 1
+                    outcome.good_at.append(time.monotonic() - outcome.began_at)
                     outcome.ends["finished"] += 1
         except grpc.RpcError as error:
             status = read_status(error)
