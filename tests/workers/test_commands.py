@@ -23,6 +23,47 @@ from duopool.core.messages import (
 )
 from duopool.core.types import LeaseId, RequestId
 from duopool.core.worker import SessionId
+from duopool.engine.arrivals import PATIENCE_S
+
+
+def test_the_earliest_deadline_is_served_first_and_those_without_one_in_their_order() -> None:
+    pair = make_pair(prefill={"max_num_seqs": 1}, decode={"max_num_seqs": 1})
+    for name, deadline_s in (("late", 20.0), ("first", None), ("second", None), ("soon", 5.0)):
+        pair.send(pair.request(name, [ord(name[0]) % 40] * 6, max_tokens=2, ignore_eos=True), deadline_s=deadline_s)
+    pair.run()
+    order = [event.request_id for event in pair.events if isinstance(event, BlocksReady) and event.first_token]
+    assert order == ["soon", "late", "first", "second"]
+    assert list(pair.finished) == ["late", "soon", "first", "second"]
+
+
+def test_nobody_is_overtaken_for_ever() -> None:
+    pair = make_pair(prefill={"max_num_seqs": 1})
+    pair.send(pair.request("patient", [1] * 6, max_tokens=2, ignore_eos=True))
+    pair.clock.now += PATIENCE_S
+    pair.send(pair.request("hasty", [2] * 6, max_tokens=2, ignore_eos=True), deadline_s=0.5)
+    pair.run()
+    order = [event.request_id for event in pair.events if isinstance(event, BlocksReady) and event.first_token]
+    assert order == ["patient", "hasty"]
+
+
+def test_what_is_past_its_deadline_is_neither_prefilled_nor_given_room() -> None:
+    pair = make_pair(decode={"max_num_seqs": 1})
+    pair.to_decode(Reserve(request=pair.request("holder", [1] * 6), attempt=1, local_prefill=True))
+    pair.send(pair.request("late", [2] * 6), deadline_s=1.0)
+    local = pair.request("local", [3] * 6)
+    pair.to_decode(Reserve(request=local, attempt=1, local_prefill=True, deadline_s=1.0))
+    pair.clock.now += 1.0
+    pair.cancel("holder")
+    pair.run()
+    assert not any(
+        chunk.request_id.startswith(("late", "local")) for plan in pair.prefill_runner.plans for chunk in plan.chunks
+    )
+    assert pair.decode_runner.plans == []
+    assert sorted((nack.request_id, nack.reason) for nack in pair.nacks()) == [
+        ("late", NackReason.DEADLINE),
+        ("late", NackReason.DEADLINE),
+        ("local", NackReason.DEADLINE),
+    ]
 
 
 def test_doubled_commands_change_nothing() -> None:
