@@ -19,10 +19,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from duopool import __version__
+from duopool.cluster.bench_report import METRICS, PERCENTILES, Series, page
 from duopool.cluster.completions import Completion, complete_all
 from duopool.cluster.config import ClusterConfig
 from duopool.cluster.machine import describe_machine
-from duopool.cluster.measure import Measurement, measure, median_of
+from duopool.cluster.measure import Measurement, measure, median_of, percentile
 from duopool.cluster.serve_command import DType, TransportChoice
 from duopool.cluster.system import System
 from duopool.cluster.terminal import EXIT_FAILED, clear_errors, complain, describe, err, out, progress, set_up_logging
@@ -58,7 +59,10 @@ def bench(
     decode: Annotated[int, typer.Option(min=1, help="Decode workers of the own system.")] = 1,
     transport: Annotated[TransportChoice, typer.Option(help="Transport of the own system.")] = TransportChoice.auto,
     num_threads: Annotated[int | None, typer.Option(min=1, help="Compute threads per worker.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write all numbers, machine and versions as JSON here.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write all numbers, machine and versions as JSON here, and a report with plots as .html."),
+    ] = None,
 ) -> None:
     """Measure time to first token, time between tokens, throughput and handover."""
     set_up_logging(verbose=False)
@@ -76,20 +80,39 @@ def bench(
             results = asyncio.run(_run_all(target, names, runs))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    medians = {name: median_of(measurements) for name, measurements in results.items()}
+    measured = {name: [measure(records) for records in runs] for name, runs in results.items()}
+    medians = {name: median_of(measurements) for name, measurements in measured.items()}
     out.print(_table(medians))
     if output is not None:
+        machine = describe_machine()
+        command = shlex.join(["duopool", *sys.argv[1:]])
         report = {
             "duopool": __version__,
-            "command": shlex.join(["duopool", *sys.argv[1:]]),
+            "command": command,
             "server": address or config.model_dump(mode="json"),
-            "machine": describe_machine(),
+            "machine": machine,
             "median": {name: _plain(measurement) for name, measurement in medians.items()},
-            "runs": {name: [_plain(each) for each in measurements] for name, measurements in results.items()},
+            "runs": {name: [_plain(each) for each in measurements] for name, measurements in measured.items()},
         }
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        err.print(f"wrote {output}", highlight=False)
+        html = output.with_suffix(".html")
+        facts = {"command": command, **{name: str(value) for name, value in machine.items()}}
+        html.write_text(page(f"Duopool {__version__}", _series(results, measured), facts=facts), encoding="utf-8")
+        err.print(f"wrote {output} and {html}", highlight=False)
+
+
+def _series(results: Mapping[str, list[list[Completion]]], measured: Mapping[str, list[Measurement]]) -> list[Series]:
+    return [
+        Series(
+            system="duopool",
+            workload=name,
+            runs={metric.name: [getattr(each, metric.name) for each in measured[name]] for metric in METRICS},
+            percentiles_ms=[1e3 * percentile(gaps, percent) for percent in PERCENTILES] if gaps else [],
+        )
+        for name, runs in results.items()
+        for gaps in [[gap for records in runs for record in records for gap in record.inter_token_s]]
+    ]
 
 
 @contextmanager
@@ -103,15 +126,15 @@ def _server(address: str | None, config: ClusterConfig) -> Iterator[str]:
         yield system.address
 
 
-async def _run_all(address: str, names: tuple[str, ...], runs: int) -> dict[str, list[Measurement]]:
-    """Every run of every workload, one after another; burst name -> measurements."""
+async def _run_all(address: str, names: tuple[str, ...], runs: int) -> dict[str, list[list[Completion]]]:
+    """Every run of every workload, one after another; burst name -> the records of each run."""
     await _run(address, warm_up())
-    results: dict[str, list[Measurement]] = {}
+    results: dict[str, list[list[Completion]]] = {}
     for name in names:
         for run in range(runs):
             for burst in bursts(name, run=run):
                 err.print(f"{burst.name}, run {run + 1} of {runs}", highlight=False)
-                results.setdefault(burst.name, []).append(measure(await _run(address, burst)))
+                results.setdefault(burst.name, []).append(await _run(address, burst))
     return results
 
 
