@@ -19,7 +19,7 @@ SEEDS ?= 1000
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo test test-fast check chaos aborts simulate simulate-bugs model-check bench proto format clean
+.PHONY: help setup reference demo test test-fast check chaos aborts simulate simulate-bugs model-check bench proto format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -62,6 +62,9 @@ aborts: $(STAMP) ## 10,000 requests aborted at random phases, 10 router kills; a
 
 proto: $(STAMP) ## Generate the code of duopool/proto/*.proto
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out . --pyi_out . --grpc_python_out . duopool/proto/*.proto
+
+reference: $(STAMP) ## Write docs/reference from the .proto file and the OpenAPI document
+	@$(BIN)/python docs/make_reference.py
 
 format: $(STAMP) ## Rewrite the source in the one format
 	@$(BIN)/ruff format --quiet .
