@@ -57,8 +57,13 @@ model-check: $(STAMP) ## Every state of the handoff around a request, with any t
 bench: $(STAMP) ## All workloads on this machine; results in benchmarks/results.json
 	@$(BIN)/duopool bench all --output benchmarks/results.json
 
-aborts: $(STAMP) ## 10,000 requests aborted at random phases, 10 router kills; audits find nothing left
+aborts: $(STAMP) ## 10,000 requests aborted at random phases, audits find nothing left; how long a cancel takes
 	@$(BIN)/python benchmarks/aborts.py --requests 10000 --router-kills 10
+	@$(BIN)/python benchmarks/cancel_latency.py
+
+overload: $(STAMP) ## Goodput at ten times the peak load for a minute; 100 clients that do not read beside others
+	@$(BIN)/python benchmarks/overload.py
+	@$(BIN)/python benchmarks/slow_clients.py
 
 proto: $(STAMP) ## Generate the code of duopool/proto/*.proto
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out . --pyi_out . --grpc_python_out . duopool/proto/*.proto

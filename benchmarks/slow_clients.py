@@ -1,6 +1,6 @@
 """Whether clients that do not read slow the others.
 
-    python benchmarks/slow_clients.py [--others 100] [--measured 8] [--turns 4] [--seconds 6]
+    python benchmarks/slow_clients.py [--others 100] [--measured 8] [--turns 6] [--seconds 5]
 
 Some clients are measured while 100 others, in a process of their own, have streams at the same system: in one turn the
 others read as fast as tokens come, in the next they stop reading after the first one. The measured clients' tokens per
@@ -101,8 +101,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--others", type=int, default=100)
     parser.add_argument("--measured", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=4, help="of each kind")
-    parser.add_argument("--seconds", type=float, default=6)
+    parser.add_argument("--turns", type=int, default=6, help="of each kind")
+    parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--as", dest="kind", choices=("ordinary", "slow"), help="be the others (used by this command)")
     add_options(parser, model="tiny")
     parser.set_defaults(max_num_seqs=128, num_blocks=32_768)

@@ -138,8 +138,8 @@ class RouterConfig(_Config):
     max_wait_s: float = Field(default=60.0, gt=0)
     """A request that would wait longer than this before it decodes is refused at once."""
     max_message_bytes: int = Field(default=4 << 20, ge=1024)
-    max_unread_tokens: int = Field(default=4096, ge=1)
-    """Tokens a client may leave unread before its stream is ended."""
+    max_unread_tokens: int = Field(default=256, ge=1)
+    """Tokens that a client who does not read may leave behind what gRPC itself holds, before its stream is ended."""
     block_size: int = Field(default=16, ge=1, le=256)
     metrics_prefix: str = Field(default="duopool", pattern=r"^[a-zA-Z_][a-zA-Z0-9_]*$")
     """First part of every metric's name, before the colon."""

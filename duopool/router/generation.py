@@ -101,7 +101,7 @@ class Generation:
             if ask.guide is not None:
                 grammar = await self._off_loop(self._guides.compile, ask.guide)
                 ask = replace(ask, params=replace(ask.params, grammar=grammar))
-            outbox = Outbox(self._config.max_unread_tokens, num_choices=num_lives)
+            outbox = Outbox(self._config.max_unread_tokens, num_choices=num_lives, clock=self._clock)
             asked = [prompt for prompt in prompts for _ in range(ask.num_choices)]
             with self._room.enter([len(prompt) for prompt in asked], time_left_s=time_left_s) as places:
                 lives = [

@@ -1,24 +1,36 @@
 """What a stream has to say to its client and has not said yet.
 
 Owns the count of unread tokens: gRPC's own window hides some 3,000 tokens from a slow reader, so what waits behind it
-is counted here, and a client that leaves too many unread loses its stream.
+is counted here, and a client that leaves too many unread loses its stream. Tokens that wait because this process was
+held up, not because a write finds no room, are no fault of the client's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 
 from duopool.core.errors import DuopoolError, SlowReader
 from duopool.proto import inference_pb2 as pb
 
+STUCK_S = 1.0
+"""A write that takes this long waits for the client."""
+MOST_FACTOR = 16
+"""So many times the limit are never kept, whoever is slow."""
+
 
 class Outbox:
     """A queue of messages for one call, filled by its choices and emptied by the writer."""
 
-    def __init__(self, max_unread_tokens: int, *, num_choices: int) -> None:
-        self._max_unread_tokens = max_unread_tokens
+    def __init__(
+        self, max_unread_tokens: int, *, num_choices: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`max_unread_tokens`: of each choice."""
+        self._max_unread_tokens = max_unread_tokens * num_choices
+        self._clock = clock
+        self._writing_since: float | None = None
         self._num_open_choices = num_choices
         self._items: deque[tuple[pb.GenerateResponse, int]] = deque()
         self._wake = asyncio.Event()
@@ -29,7 +41,7 @@ class Outbox:
 
     def put(self, message: pb.GenerateResponse, *, num_tokens: int = 0) -> bool:
         """Add a message; False, and the stream has failed, when too many tokens are unread."""
-        if self.num_unread_tokens + num_tokens > self._max_unread_tokens:
+        if self._is_too_much(self.num_unread_tokens + num_tokens):
             self.fail(SlowReader(f"slow_reader: more than {self._max_unread_tokens} tokens were left unread"))
             self.on_overflow()
             return False
@@ -58,8 +70,14 @@ class Outbox:
                 return None
             self._wake.clear()
             await self._wake.wait()
+        self._writing_since = self._clock()
         return self._items.popleft()
 
     def written(self, num_tokens: int) -> None:
         """gRPC took a message."""
+        self._writing_since = None
         self.num_unread_tokens -= num_tokens
+
+    def _is_too_much(self, num_tokens: int) -> bool:
+        is_stuck = self._writing_since is not None and self._clock() - self._writing_since >= STUCK_S
+        return num_tokens > self._max_unread_tokens * (1 if is_stuck else MOST_FACTOR)

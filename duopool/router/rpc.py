@@ -49,6 +49,8 @@ def _guarded(kind: Descriptor, behaviour: Unary) -> Unary:
             await _refuse(context, error)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
+        except grpc.aio.InternalError as failure:
+            raise asyncio.CancelledError("the connection broke under a write") from failure
         except Exception:
             log.exception("a call failed in a way that nobody planned for")
             await _refuse(context, DuopoolError("internal error; the router's log has more"))
@@ -59,7 +61,5 @@ def _guarded(kind: Descriptor, behaviour: Unary) -> Unary:
 async def _refuse(context: Any, error: DuopoolError) -> None:
     try:
         await context.abort_with_status(grpc_status(error))
-    except (asyncio.CancelledError, grpc.aio.AbortError):
-        raise
-    except Exception as failure:  # gRPC's own: the connection broke at this very moment
+    except grpc.aio.InternalError as failure:
         raise asyncio.CancelledError("nobody is there to be told") from failure

@@ -246,7 +246,7 @@ def test_a_client_that_never_reads_loses_its_stream_only(monkeypatch: pytest.Mon
     monkeypatch.setattr("duopool.router.generation.LINGER_S", 0.2)
 
     async def run() -> None:
-        async with FakeCluster(workers(step_s=0.001, tokens_per_step=4), max_unread_tokens=64) as cluster:
+        async with FakeCluster(workers(step_s=0.02, tokens_per_step=4), max_unread_tokens=64) as cluster:
             beside = asyncio.create_task(neighbour(cluster))
             # A client's window grows while it reads nothing; this one stays at 64 KiB, which log-probabilities fill.
             options = (("grpc.http2.bdp_probe", 0),)

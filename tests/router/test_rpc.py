@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+import grpc
 import pytest
 
 from duopool.core.errors import DeadlineMissed
@@ -23,11 +24,20 @@ class Late:
     Generate = Tokenize = Detokenize = ListModels = _fail
 
 
+class Broken:
+    """Every method finds that its client is gone."""
+
+    async def _fail(self, request: object, context: object) -> None:
+        raise grpc.aio.InternalError("Failed execute_batch")
+
+    Generate = Tokenize = Detokenize = ListModels = _fail
+
+
 class Gone:
     """A context whose connection has broken."""
 
     async def abort_with_status(self, status: object) -> None:
-        raise RuntimeError("Failed execute_batch")
+        raise grpc.aio.InternalError("Failed execute_batch")
 
 
 class Details:
@@ -35,8 +45,9 @@ class Details:
     invocation_metadata = ()
 
 
-def test_a_client_that_vanished_before_its_error_is_no_failure_of_ours(caplog: pytest.LogCaptureFixture) -> None:
-    handler = service_handler(SERVICE, Late()).service(Details())
+@pytest.mark.parametrize("methods", [Late(), Broken()])
+def test_a_client_that_vanished_is_no_failure_of_ours(methods: object, caplog: pytest.LogCaptureFixture) -> None:
+    handler = service_handler(SERVICE, methods).service(Details())
     assert handler is not None
     with caplog.at_level(logging.INFO), pytest.raises(asyncio.CancelledError):
         asyncio.run(handler.unary_stream(b"", Gone()))
