@@ -1,4 +1,4 @@
-"""`duopool status`, `scale` and `drain`: the Admin service of a running router."""
+"""`duopool status`, `scale`, `drain` and `restart`: the Admin service of a running router."""
 
 from __future__ import annotations
 
@@ -86,6 +86,36 @@ def drain(
     with admin_of(address) as admin:
         admin.Drain(pb.DrainRequest(worker_id=worker_id), timeout=CALL_TIMEOUT_S)
         _wait_until(admin, wait, lambda state: all(worker.worker_id != worker_id for worker in state.workers))
+
+
+def restart(
+    rolling: Annotated[bool, typer.Option("--rolling", help="One worker after the other; required.")] = False,
+    drain_first: Annotated[
+        bool,
+        typer.Option(
+            "--drain-first", help="Take a worker away before its successor starts: needs no room for one more."
+        ),
+    ] = False,
+    address: Address = DEFAULT_ADDRESS,
+    wait: Wait = 1200.0,
+) -> None:
+    """Renew every worker while the others go on: no stream ends, and each pool keeps its size.
+
+    A successor is started first, then the old worker is drained; with --drain-first a pool lacks one worker meanwhile.
+    """
+    if not rolling:
+        complain("say --rolling: workers are renewed one after the other, and no other way is offered")
+        raise typer.Exit(EXIT_USAGE)
+    with admin_of(address) as admin:
+        before = admin.ClusterState(pb.ClusterStateRequest(), timeout=CALL_TIMEOUT_S)
+        old = {(worker.node_id, worker.pid) for worker in before.workers}
+        sizes = {pool.role: pool.wanted for pool in before.pools}
+        admin.Restart(pb.RestartRequest(drain_first=drain_first), timeout=CALL_TIMEOUT_S)
+        _wait_until(
+            admin,
+            wait,
+            lambda now: _is_at_size(now, sizes) and not old & {(one.node_id, one.pid) for one in now.workers},
+        )
 
 
 @contextmanager

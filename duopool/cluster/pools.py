@@ -30,6 +30,8 @@ class Place:
     retry_at: float = 0.0
     is_idle: bool = False
     """Of a draining place: nothing is left, or its time is up."""
+    is_outdated: bool = False
+    """Serves, and is to be renewed by a rolling restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +59,30 @@ class Stop:
 Action = Start | Drain | Stop
 
 
-def plan(wanted: Mapping[Role, int], places: Iterable[Place], *, now: float) -> list[Action]:
-    """Actions that bring every pool to its wanted size.
+def plan(wanted: Mapping[Role, int], places: Iterable[Place], *, now: float, drain_first: bool = False) -> list[Action]:
+    """Actions that bring every pool to its wanted size, and renew outdated places one after the other.
 
     A pool that is too small gets new places at the lowest free index. One that is too large loses, in this order,
-    places that wait, places that start and ready ones, each from the highest index; ready ones are drained first.
+    places that wait, places that start and ready ones, outdated before others, each from the highest index; ready ones
+    are drained first. An outdated place goes when an additional one is ready, so a pool always has its wanted size;
+    with `drain_first` it goes before, for clusters without room, and one worker is missing meanwhile.
     """
     places = list(places)
     actions: list[Action] = []
+    renewed = next((place.role for place in places if place.is_outdated), None)
+    is_draining = any(place.state is PlaceState.DRAINING for place in places)
     for role, size in wanted.items():
         pool = [place for place in places if place.role is role]
         staying = [place for place in pool if place.state is not PlaceState.DRAINING]
-        leaving = sorted(staying, key=_first_to_go)[: max(0, len(staying) - size)]
+        is_renewing = role is renewed and not is_draining
+        if is_renewing and not drain_first:
+            size += 1
+        is_ready = all(place.state is PlaceState.READY for place in staying)
+        num_leaving = max(0, len(staying) - size)
+        if is_renewing and is_ready and len(staying) == size:
+            num_leaving = 1
+            size -= 1
+        leaving = sorted(staying, key=_first_to_go)[:num_leaving]
         for place in leaving:
             is_serving = place.state is PlaceState.READY
             actions.append(Drain(place.worker_id) if is_serving else Stop(place.worker_id))
@@ -99,5 +113,5 @@ def index_of(worker_id: WorkerId) -> int:
 _ORDER = {PlaceState.WAITING: 0, PlaceState.STARTING: 1, PlaceState.READY: 2}
 
 
-def _first_to_go(place: Place) -> tuple[int, int]:
-    return _ORDER[place.state], -index_of(place.worker_id)
+def _first_to_go(place: Place) -> tuple[int, bool, int]:
+    return _ORDER[place.state], not place.is_outdated, -index_of(place.worker_id)

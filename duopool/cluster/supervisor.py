@@ -45,6 +45,8 @@ class _Place:
     last_ping: float = 0.0
     last_answer: float = 0.0
     idle_answers: int = 0
+    is_outdated: bool = False
+    """A rolling restart is to renew it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,6 +61,8 @@ class Supervisor:
     """Why the latest worker ended."""
     num_failures: int = 0
     """Workers that ended without being asked to, ever."""
+    _drain_first: bool = False
+    """How outdated places are renewed; see `pools.plan`."""
     _places: dict[WorkerId, _Place] = field(default_factory=dict)
     _published: ClusterView | None = None
 
@@ -66,7 +70,8 @@ class Supervisor:
         """Look at every process, act on the plan, publish what changed."""
         for place in list(self._places.values()):
             self._observe(place, now)
-        for action in pools.plan(self.wanted, [self._seen(place, now) for place in self._places.values()], now=now):
+        seen = [self._seen(place, now) for place in self._places.values()]
+        for action in pools.plan(self.wanted, seen, now=now, drain_first=self._drain_first):
             self._act(action, now)
         self._publish_changes()
 
@@ -88,6 +93,12 @@ class Supervisor:
             raise WorkerNotFound(f"there is no worker {worker_id!r}")
         if place.state is PlaceState.READY:
             self._drain(place, now)
+
+    def restart(self, *, drain_first: bool = False) -> None:
+        """Renew every worker that serves now, one after the other, while the others go on."""
+        self._drain_first = drain_first
+        for place in self._places.values():
+            place.is_outdated = place.state is PlaceState.READY
 
     def num_ready(self, role: Role) -> int:
         """Workers of a pool that serve."""
@@ -184,6 +195,7 @@ class Supervisor:
             state=place.state,
             retry_at=place.retry_at,
             is_idle=place.idle_answers >= IDLE_ANSWERS_BEFORE_STOP or is_over,
+            is_outdated=place.is_outdated and place.state is PlaceState.READY,
         )
 
     def _act(self, action: pools.Action, now: float) -> None:

@@ -240,6 +240,8 @@ class System:
                     self._supervisor.scale(dict(command.scale.pools))
                 case "drain":
                     self._supervisor.drain(command.drain.worker_id, now)
+                case "restart":
+                    self._supervisor.restart(drain_first=command.restart.drain_first)
                 case other:
                     error = Unavailable(f"command {other!r} is unknown")
         except DuopoolError as problem:

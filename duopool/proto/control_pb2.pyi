@@ -42,14 +42,16 @@ class CommandResult(_message.Message):
     def __init__(self, command_id: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., field: _Optional[str] = ...) -> None: ...
 
 class ClusterCommand(_message.Message):
-    __slots__ = ("command_id", "scale", "drain")
+    __slots__ = ("command_id", "scale", "drain", "restart")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    RESTART_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     scale: ScalePools
     drain: DrainWorker
-    def __init__(self, command_id: _Optional[int] = ..., scale: _Optional[_Union[ScalePools, _Mapping]] = ..., drain: _Optional[_Union[DrainWorker, _Mapping]] = ...) -> None: ...
+    restart: RestartWorkers
+    def __init__(self, command_id: _Optional[int] = ..., scale: _Optional[_Union[ScalePools, _Mapping]] = ..., drain: _Optional[_Union[DrainWorker, _Mapping]] = ..., restart: _Optional[_Union[RestartWorkers, _Mapping]] = ...) -> None: ...
 
 class ScalePools(_message.Message):
     __slots__ = ("pools",)
@@ -69,3 +71,9 @@ class DrainWorker(_message.Message):
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+
+class RestartWorkers(_message.Message):
+    __slots__ = ("drain_first",)
+    DRAIN_FIRST_FIELD_NUMBER: _ClassVar[int]
+    drain_first: bool
+    def __init__(self, drain_first: _Optional[bool] = ...) -> None: ...

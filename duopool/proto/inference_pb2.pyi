@@ -350,6 +350,16 @@ class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class RestartRequest(_message.Message):
+    __slots__ = ("drain_first",)
+    DRAIN_FIRST_FIELD_NUMBER: _ClassVar[int]
+    drain_first: bool
+    def __init__(self, drain_first: _Optional[bool] = ...) -> None: ...
+
+class RestartResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class AuditRequest(_message.Message):
     __slots__ = ("at_rest",)
     AT_REST_FIELD_NUMBER: _ClassVar[int]

@@ -255,6 +255,11 @@ class AdminStub:
                 request_serializer=duopool_dot_proto_dot_inference__pb2.DrainRequest.SerializeToString,
                 response_deserializer=duopool_dot_proto_dot_inference__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Restart = channel.unary_unary(
+                '/duopool.v1.Admin/Restart',
+                request_serializer=duopool_dot_proto_dot_inference__pb2.RestartRequest.SerializeToString,
+                response_deserializer=duopool_dot_proto_dot_inference__pb2.RestartResponse.FromString,
+                _registered_method=True)
         self.Audit = channel.unary_unary(
                 '/duopool.v1.Admin/Audit',
                 request_serializer=duopool_dot_proto_dot_inference__pb2.AuditRequest.SerializeToString,
@@ -273,14 +278,21 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """Sets the size of each named pool; running requests of workers that go are handed on first.
+        """Sets the size of each named pool; running requests of workers that go move to the others first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Lets a worker take nothing new and hand on what it decodes; it is stopped when it is empty.
+        """Lets a worker take nothing new and moves what it decodes to others; it is stopped when it is empty.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restart(self, request, context):
+        """Renews every worker that serves now, one after the other, while the others go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -310,6 +322,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=duopool_dot_proto_dot_inference__pb2.DrainRequest.FromString,
                     response_serializer=duopool_dot_proto_dot_inference__pb2.DrainResponse.SerializeToString,
+            ),
+            'Restart': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restart,
+                    request_deserializer=duopool_dot_proto_dot_inference__pb2.RestartRequest.FromString,
+                    response_serializer=duopool_dot_proto_dot_inference__pb2.RestartResponse.SerializeToString,
             ),
             'Audit': grpc.unary_unary_rpc_method_handler(
                     servicer.Audit,
@@ -399,6 +416,33 @@ class Admin:
             '/duopool.v1.Admin/Drain',
             duopool_dot_proto_dot_inference__pb2.DrainRequest.SerializeToString,
             duopool_dot_proto_dot_inference__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/duopool.v1.Admin/Restart',
+            duopool_dot_proto_dot_inference__pb2.RestartRequest.SerializeToString,
+            duopool_dot_proto_dot_inference__pb2.RestartResponse.FromString,
             options,
             channel_credentials,
             insecure,

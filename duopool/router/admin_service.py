@@ -59,6 +59,11 @@ class AdminService:
         await self._control.command(control_pb2.ClusterCommand(drain=drain))
         return pb.DrainResponse()
 
+    async def Restart(self, request: pb.RestartRequest, context: Any) -> pb.RestartResponse:
+        restart = control_pb2.RestartWorkers(drain_first=request.drain_first)
+        await self._control.command(control_pb2.ClusterCommand(restart=restart))
+        return pb.RestartResponse()
+
     async def Audit(self, request: pb.AuditRequest, context: Any) -> pb.AuditResponse:
         audit = await self._auditor.audit(at_rest=request.at_rest)
         num_requests = self._pools.num_requests

@@ -105,6 +105,48 @@ def test_the_pause_before_a_replacement_doubles_up_to_its_limit() -> None:
     assert len(pauses) >= 5
 
 
+@pytest.mark.parametrize("drain_first", [False, True])
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 3)])
+def test_a_rolling_restart_renews_every_worker_and_keeps_the_pools_serving(
+    prefill: int, decode: int, drain_first: bool
+) -> None:
+    stage = Stage(prefill=prefill, decode=decode)
+    stage.start_all()
+    old = list(stage.spawner.processes)
+    sizes = {"prefill": prefill, "decode": decode}
+    stage.supervisor.restart(drain_first=drain_first)
+    for _ in range(60 * len(old)):
+        stage.run(0.1)
+        for role, size in sizes.items():
+            serving = [name for name, draining in stage.members.items() if name.startswith(role) and not draining]
+            assert size - drain_first <= len(serving) <= size + 1
+        assert sum(stage.members.values()) <= 1, "two workers drain at once"
+        for process in stage.spawner.alive:
+            process.is_started = True
+            process.is_idle = process.is_draining
+        if all(process.was_killed for process in old) and stage.supervisor.is_complete:
+            break
+    assert all(process.was_killed for process in old)
+    stage.run(2)
+    assert len(stage.spawner.alive) == len(old)
+    assert sorted(name.rpartition("-")[0] for name in stage.members) == ["decode"] * decode + ["prefill"] * prefill
+
+
+def test_a_worker_that_dies_in_a_rolling_restart_is_replaced_once() -> None:
+    stage = Stage(decode=2)
+    stage.start_all()
+    stage.supervisor.restart()
+    stage.spawner.newest("decode-0").is_dead = True
+    for _ in range(200):
+        stage.run(0.1)
+        for process in stage.spawner.alive:
+            process.is_started = True
+            process.is_idle = True
+    assert stage.supervisor.is_complete
+    assert len(stage.spawner.alive) == 3
+    assert len(stage.spawner.processes) == 6
+
+
 @pytest.mark.parametrize("field", SAME_FIELDS)
 def test_a_worker_with_other_blocks_is_refused_by_the_field_that_differs(field: str) -> None:
     stage = Stage()

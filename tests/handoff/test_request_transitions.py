@@ -17,6 +17,7 @@ from duopool.core.handoff.request import (
     Heard,
     Lost,
     Member,
+    Moved,
     NeedRoute,
     Phase,
     RequestState,
@@ -31,9 +32,11 @@ from duopool.core.messages import (
     Accepted,
     BlocksReady,
     Cancel,
+    Copied,
     GenerationRequest,
     Joined,
     LeaseRef,
+    Migrate,
     Nack,
     NackReason,
     Prefill,
@@ -70,6 +73,21 @@ def tokens_of(attempt: int, index: int) -> Tokens:
     )
 
 
+def listing(member: Member, attempt: int, first_block: int, first_token: Tokens | None) -> BlocksReady:
+    """Two more blocks of a source."""
+    lease = LeaseRef(
+        lease_id=LeaseId(attempt), worker_id=member.worker_id, incarnation=member.incarnation, source_address="p:1"
+    )
+    return BlocksReady(
+        request_id=REQUEST_ID,
+        attempt=attempt,
+        lease=lease,
+        first_block=first_block,
+        blocks=tuple(SealedBlock(BlockId(first_block + n), 1, 0) for n in range(2)),
+        first_token=first_token,
+    )
+
+
 class World:
     """Honest workers: everything they may ever say lands in `said` and stays there."""
 
@@ -85,6 +103,11 @@ class World:
             case Prefill(request=request, attempt=attempt):
                 self.holders[member] = attempt
                 self._prefill(member, attempt, first_index=len(request.output_token_ids))
+            case Migrate(to_attempt=to_attempt):
+                self._depart(member, to_attempt)
+            case BlocksReady(attempt=attempt, first_block=first_block, blocks=blocks, first_token=None):
+                num_blocks = first_block + len(blocks)
+                self._say(member, Copied(request_id=REQUEST_ID, attempt=attempt, num_blocks=num_blocks))
             case Reserve(request=request, attempt=attempt, local_prefill=local):
                 self.holders[member] = attempt
                 self._say(member, Reserved(request_id=REQUEST_ID, attempt=attempt, num_cached_tokens=0))
@@ -103,28 +126,20 @@ class World:
                 pass
 
     def _prefill(self, member: Member, attempt: int, *, first_index: int) -> None:
-        lease = LeaseRef(
-            lease_id=LeaseId(attempt),
-            worker_id=member.worker_id,
-            incarnation=member.incarnation,
-            source_address="p:1",
-        )
         self._say(member, Accepted(request_id=REQUEST_ID, attempt=attempt, num_cached_tokens=0))
         for first_block in (0, 2):
-            blocks = tuple(SealedBlock(BlockId(first_block + n), 1, 0) for n in range(2))
             first_token = tokens_of(attempt, first_index) if first_block else None
-            self._say(
-                member,
-                BlocksReady(
-                    request_id=REQUEST_ID,
-                    attempt=attempt,
-                    lease=lease,
-                    first_block=first_block,
-                    blocks=blocks,
-                    first_token=first_token,
-                ),
-            )
+            self._say(member, listing(member, attempt, first_block, first_token))
         self._nacks(member, attempt)
+
+    def _depart(self, member: Member, attempt: int) -> None:
+        """Behind which token the source stops is said later, by `stop_behind`."""
+        for first_block in (0, 2):
+            self._say(member, listing(member, attempt, first_block, None))
+        self._nacks(member, attempt)
+
+    def stop_behind(self, member: Member, attempt: int, index: int) -> None:
+        self._say(member, listing(member, attempt, 4, tokens_of(attempt, index)))
 
     def _decode(self, member: Member, attempt: int, *, first_index: int) -> None:
         self._say(
@@ -152,6 +167,7 @@ class RequestMachine(RuleBasedStateMachine):
         self.finishes: list[Finish] = []
         self.num_routes = 0
         self.num_evictions = 0
+        self.num_moves = 0
         self.num_heard = 0
         self.next_incarnation = 100
         self.state, actions = begin(RequestState(request=REQUEST, retries_left=MAX_RETRIES))
@@ -160,7 +176,8 @@ class RequestMachine(RuleBasedStateMachine):
     def feed(self, event: object) -> None:
         before = self.state
         self.state, actions = transition(before, event)  # type: ignore[arg-type]
-        assert self.state.attempt in (before.attempt, before.attempt + 1)
+        assert before.attempt <= self.state.attempt <= self.state.newest_attempt <= before.newest_attempt + 1
+        assert (self.state.phase is Phase.MIGRATING) == (self.state.shadow is not None)
         if isinstance(event, Routed) and self.state.phase is not Phase.ADMITTED:
             self.wanted = None
         self.perform(actions)
@@ -191,13 +208,15 @@ class RequestMachine(RuleBasedStateMachine):
             member = Member(member.worker_id, Incarnation(self.next_incarnation))
         return member
 
-    @initialize(num=st.integers(0, 12))
-    def get_going(self, num: int) -> None:
+    @initialize(num=st.integers(0, 12), moves=st.booleans(), num_after=st.sampled_from([1, 6, 8]))
+    def get_going(self, num: int, moves: bool, num_after: int) -> None:
         """Most trouble begins later in a request's life."""
         self.route(0, 0, True)
         for _ in range(num):
             if self.num_heard < len(self.world.said):
                 self.hear_next(1)
+        if moves and self.state.phase is Phase.DECODING:
+            self.move(6, num_after)
 
     @precondition(lambda self: self.wanted is not None and not self.finishes)
     @rule(prefill=st.sampled_from([None, 0, 1]), decode=st.sampled_from([0, 1]), obey=st.booleans())
@@ -249,12 +268,35 @@ class RequestMachine(RuleBasedStateMachine):
         self.world.holders.pop(member, None)
         self.feed(Lost(member))
 
+    @precondition(lambda self: self.state.phase is Phase.DECODING)
+    @rule(num_before=st.sampled_from([0, 1, 6, 6]), num_after=st.sampled_from([0, 1, 2, 6, 8]))
+    def move(self, num_before: int, num_after: int) -> None:
+        """The request is to change its decode worker; what is said then comes in its order, as far as it comes."""
+        route, heard = self.state.route, len(self.world.said)
+        assert route is not None
+        number = 1 - int(route.decode.worker_id.removeprefix("d-"))
+        self.feed(Moved(self.member("d", number)))
+        self.num_moves += self.state.phase is Phase.MIGRATING
+        heard = self.hear_from_place(heard, num_before)
+        if self.state.shadow is not None:
+            self.world.stop_behind(route.decode, self.state.shadow.attempt, len(self.emitted) - 1)
+            self.hear_from_place(heard, num_after)
+
+    def hear_from_place(self, place: int, num: int) -> int:
+        """`num` messages from there on, those included that are said meanwhile; returns the place behind them."""
+        end = place + num
+        while place < min(end, len(self.world.said)):
+            place += 1
+            self.hear_from(*self.world.said[place - 1])
+        return place
+
     @rule(number=st.sampled_from([0, 1]), dice=st.integers(0, 2))
     def evict(self, number: int, dice: int) -> None:
         """A decode worker drains: its request goes on elsewhere, and that costs no retry."""
         member, before = self.member("d", number), self.state
         if dice == 0 and member not in self.lost:
-            self.num_evictions += before.phase is Phase.DECODING and before.route.decode == member  # type: ignore[union-attr]
+            is_decoding = before.phase in (Phase.DECODING, Phase.MIGRATING)
+            self.num_evictions += is_decoding and before.route.decode == member  # type: ignore[union-attr]
             self.feed(Evicted(member))
             assert self.state.retries_left == before.retries_left
 
@@ -277,7 +319,7 @@ class RequestMachine(RuleBasedStateMachine):
     @invariant()
     def attempts_are_bounded(self) -> None:
         """One attempt at first and one per retry; a lease lost while no route is there costs no attempt."""
-        assert self.state.attempt <= 1 + MAX_RETRIES + self.num_evictions
+        assert self.state.newest_attempt <= 1 + MAX_RETRIES + self.num_evictions + self.num_moves
         assert self.num_routes <= 1 + MAX_RETRIES + self.num_evictions
 
     @invariant()
@@ -291,8 +333,11 @@ class RequestMachine(RuleBasedStateMachine):
             assert holders <= ({route.prefill} if self.state.ready and route is not None else set())
         else:
             assert route is not None
-            assert holders <= {route.prefill, route.decode}
-            assert all(attempt == self.state.attempt for attempt in self.world.holders.values())
+            shadow = self.state.shadow
+            may_hold = {route.prefill: self.state.attempt, route.decode: self.state.attempt}
+            if shadow is not None:
+                may_hold[shadow.decode] = shadow.attempt
+            assert self.world.holders.items() <= may_hold.items()
 
     @invariant()
     def a_request_without_a_route_has_asked_for_one(self) -> None:
@@ -306,7 +351,9 @@ class RequestMachine(RuleBasedStateMachine):
             assert self.wanted.prefill not in self.lost
         elif route is not None and not self.finishes:
             assert route.decode not in self.lost
-            assert self.state.phase is Phase.DECODING or route.prefill not in self.lost
+            assert self.state.shadow is None or self.state.shadow.decode not in self.lost
+            is_decoding = self.state.phase in (Phase.DECODING, Phase.MIGRATING)
+            assert is_decoding or route.prefill not in self.lost
 
     def teardown(self) -> None:
         """From wherever it is, the request still ends well if nothing fails any more."""

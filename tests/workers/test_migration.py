@@ -211,11 +211,14 @@ class AnyMove(RuleBasedStateMachine):
 
     movers: Movers
 
-    @initialize(num_blocks=st.integers(10, 30), is_counted=st.booleans(), budget=st.integers(3, 24))
+    @initialize(num_blocks=st.integers(16, 40), is_counted=st.booleans(), budget=st.integers(3, 24))
     def begin(self, num_blocks: int, is_counted: bool, budget: int) -> None:
         self.movers = Movers(
             3, num_blocks=num_blocks, is_counted=is_counted, max_num_batched_tokens=budget, max_num_seqs=3
         )
+        for on, name in enumerate("ab"):
+            self.start(name, 7, 30, on)
+        self.take_turns(4)
 
     @rule(name=st.sampled_from("abcd"), length=st.integers(1, 14), rest=st.integers(1, 20), on=st.integers(0, 2))
     def start(self, name: str, length: int, rest: int, on: int) -> None:
@@ -223,9 +226,10 @@ class AnyMove(RuleBasedStateMachine):
             prompt = (*range(8, 8 + length // 2), *[ord(name) % 40] * (length - length // 2))
             self.movers.start(name, prompt, on, max_tokens=rest, ignore_eos=True)
 
-    @rule(name=st.sampled_from("abcd"), to=st.integers(0, 2))
-    def move(self, name: str, to: int) -> None:
-        if name in self.movers.states:
+    @rule(name=st.sampled_from("abcd"), by=st.integers(1, 2))
+    def move(self, name: str, by: int) -> None:
+        if name in self.movers.states and self.movers.states[name].route is not None:
+            to = (self.movers.home(name) + by) % 3
             self.movers.feed(name, Moved(self.movers.decoders[to].member))
 
     @rule(name=st.sampled_from("abcd"), on=st.integers(0, 2), dice=st.integers(0, 3))
@@ -263,11 +267,10 @@ class AnyMove(RuleBasedStateMachine):
         self.movers.step(on)
         runner.during_step = lambda: None
 
-    @rule()
-    def settle_a_little(self) -> None:
-        for on in (0, 1, 2, 0, 1, 2):
-            self.run_worker(on, 3, 2)
-            self.movers.read(on)
+    @rule(num=st.integers(1, 3))
+    def take_turns(self, num: int) -> None:
+        for _ in range(num):
+            self.movers.turn()
 
     @rule(seconds=st.sampled_from([0.1, 3.0, 6.0]))
     def pass_time(self, seconds: float) -> None:
