@@ -19,7 +19,7 @@ SEEDS ?= 1000
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup reference demo test test-fast check chaos aborts simulate simulate-bugs model-check bench proto format clean
+.PHONY: help setup reference demo test test-fast check chaos aborts overload simulate simulate-bugs model-check bench proto format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets

@@ -54,6 +54,8 @@ class SchedulerConfig(_Config):
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_waiting: int = Field(default=1024, ge=1)
     """Requests a worker holds that have not begun; past it new ones are refused."""
+    max_num_waiting_tokens: int = Field(default=1 << 20, ge=1)
+    """Tokens still to be prefilled for the requests it holds; past it new ones are refused."""
     watermark: float = Field(default=0.01, ge=0, lt=1)
     """Share of the decode pool kept free at admission, so that running requests can grow."""
 

@@ -89,7 +89,7 @@ class DecodeWorker:
         self._scheduler = DecodeScheduler(manager, config.scheduler, eos_token_ids=model.eos_token_ids)
         self._outbox = Outbox()
         self._requests: dict[RequestId, DecodeRequest] = {}
-        self._arrivals = Arrivals(model, config.handoff, max_num_waiting=config.scheduler.max_num_waiting)
+        self._arrivals = Arrivals(model, config.handoff, config.scheduler)
         self._handoffs = Handoffs(reader, on_answer=self._take_answer, clock=surroundings.clock)
         self._departures = Departures(
             identity,
@@ -251,6 +251,7 @@ class DecodeWorker:
                 num_tokens_in_pool=self._max_tokens - 1,
                 num_tokens_ahead=1,
                 num_waiting=len(self._scheduler.waiting),
+                num_pending_tokens=self._scheduler.num_pending_tokens,
             )
             if refusal is not None:
                 self._outbox.refuse(session, request.request_id, attempt, refusal.reason, refusal.detail)

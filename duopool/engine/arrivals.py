@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum, auto
 
-from duopool.core.config import HandoffConfig
+from duopool.core.config import HandoffConfig, SchedulerConfig
 from duopool.core.handoff.tombstones import Tombstones
 from duopool.core.messages import NackReason
 from duopool.core.types import RequestId
@@ -42,9 +42,9 @@ class Standing(Enum):
 class Arrivals:
     """The door of one worker."""
 
-    def __init__(self, model: ServedModel, timers: HandoffConfig, *, max_num_waiting: int) -> None:
+    def __init__(self, model: ServedModel, timers: HandoffConfig, scheduler: SchedulerConfig) -> None:
         self._model = model
-        self._max_num_waiting = max_num_waiting
+        self._limits = scheduler
         self._tombstones = Tombstones(keep_s=2 * max(timers.lease_ttl_s, timers.orphan_ttl_s))
         self._is_draining = False
 
@@ -61,16 +61,27 @@ class Arrivals:
         return Standing.OVER if self.is_over(request_id, attempt) else Standing.NEW
 
     def refusal(
-        self, token_ids: Sequence[int], *, num_tokens_in_pool: int, num_tokens_ahead: int, num_waiting: int
+        self,
+        token_ids: Sequence[int],
+        *,
+        num_tokens_in_pool: int,
+        num_tokens_ahead: int,
+        num_waiting: int,
+        num_pending_tokens: int,
     ) -> Refusal | None:
-        """Why a new request is not taken; None if it is. `num_waiting` requests wait before it."""
+        """Why a new request is not taken; None if it is. `num_waiting` requests wait before it.
+
+        `num_pending_tokens` are still to be prefilled, of all requests that are here.
+        """
         never = self._model.refusal(token_ids, num_tokens_in_pool=num_tokens_in_pool, num_tokens_ahead=num_tokens_ahead)
         if never is not None:
             return never
         if self._is_draining:
             return Refusal(NackReason.DRAINING, "the worker is draining")
-        if num_waiting >= self._max_num_waiting:
+        if num_waiting >= self._limits.max_num_waiting:
             return Refusal(NackReason.BUSY, f"{num_waiting} requests are waiting")
+        if num_pending_tokens >= self._limits.max_num_waiting_tokens:
+            return Refusal(NackReason.BUSY, f"{num_pending_tokens} tokens are still to be prefilled")
         return None
 
     def is_over(self, request_id: RequestId, attempt: int) -> bool:

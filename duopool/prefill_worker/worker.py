@@ -81,7 +81,7 @@ class PrefillWorker:
         self._leases: LeaseBook[PrefillRequest] = LeaseBook(
             identity, manager=manager, new_lease_id=surroundings.new_lease_id, ttl_s=config.handoff.lease_ttl_s
         )
-        self._arrivals = Arrivals(model, config.handoff, max_num_waiting=config.scheduler.max_num_waiting)
+        self._arrivals = Arrivals(model, config.handoff, config.scheduler)
         self._in_step: list[Stretch] = []
         """What the step that runs now does."""
         self._num_steps = 0
@@ -229,6 +229,7 @@ class PrefillWorker:
                 num_tokens_in_pool=self._manager.num_blocks * self._manager.block_size,
                 num_tokens_ahead=0,
                 num_waiting=len(self._scheduler.waiting),
+                num_pending_tokens=self._scheduler.num_pending_tokens,
             )
             if refusal is not None:
                 self._outbox.refuse(session, request.request_id, attempt, refusal.reason, refusal.detail)

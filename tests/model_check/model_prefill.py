@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from model_setting import NUM_BLOCKS, NUM_TOKENS, REQUEST_ID, Guards, Violation, token_at
 
-from duopool.core.config import HandoffConfig
+from duopool.core.config import HandoffConfig, SchedulerConfig
 from duopool.core.handoff import lease as leases
 from duopool.core.handoff.lease import Lease
 from duopool.core.messages import (
@@ -72,7 +72,7 @@ Step = tuple[PrefillSide, Said]
 
 def standing(guards: Guards, buried: int, attempt: int, present: int | None) -> Standing:
     """The production judgement on an arriving attempt."""
-    arrivals = Arrivals(None, HandoffConfig(), max_num_waiting=1)  # type: ignore[arg-type]
+    arrivals = Arrivals(None, HandoffConfig(), SchedulerConfig())  # type: ignore[arg-type]
     if buried and guards.tombstones:
         arrivals.bury(REQUEST_ID, buried, now=0.0)
     return arrivals.standing(REQUEST_ID, attempt, present=present)

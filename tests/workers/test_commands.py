@@ -200,6 +200,15 @@ def test_what_can_never_run_is_refused_at_once(prompt: list[int], reason: NackRe
     pair.assert_nothing_is_held()
 
 
+def test_a_queue_is_full_of_tokens_too() -> None:
+    pair = make_pair(prefill={"max_num_waiting_tokens": 12, "max_num_seqs": 1})
+    for index in range(5):
+        pair.send(pair.request(f"r{index}", [index] * 5))
+    busy = [nack for nack in pair.nacks() if nack.reason is NackReason.BUSY]
+    assert [nack.request_id for nack in busy] == ["r3", "r4"]
+    assert all(nack.retry_after_s > 0 for nack in busy)
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     limits: dict[str, int | float] = {"max_num_waiting": 2, "max_num_seqs": 1}
     pair = make_pair(prefill=limits, decode=limits)
