@@ -36,6 +36,7 @@ class _Place:
     role: Role
     state: PlaceState = PlaceState.WAITING
     process: WorkerProcess | None = None
+    """Of a waiting place: the host that will start the next worker, if one is left."""
     info: WorkerInfo | None = None
     since: float = 0.0
     """When the state began."""
@@ -136,7 +137,7 @@ class Supervisor:
         self._publish_changes()
 
     def _observe(self, place: _Place, now: float) -> None:
-        if place.process is None:
+        if place.process is None or place.state is PlaceState.WAITING:
             return
         try:
             if place.state is PlaceState.STARTING:
@@ -177,14 +178,20 @@ class Supervisor:
         failures = 1 if was_stable else place.failures + 1
         self.last_error = f"{place.worker_id}: {why}"
         self.num_failures += 1
-        if place.process is not None:
+        host = place.process if place.process is not None and place.process.has_host else None
+        if place.process is not None and (host is None or place.state is PlaceState.DRAINING):
             place.process.kill()
         if place.state is PlaceState.DRAINING:
             del self._places[place.worker_id]
             return
         pause = min(self.config.max_backoff_s, self.config.backoff_s * 2.0 ** min(failures - 1, 30))
         self._places[place.worker_id] = _Place(
-            worker_id=place.worker_id, role=place.role, since=now, failures=failures, retry_at=now + pause
+            worker_id=place.worker_id,
+            role=place.role,
+            process=host,
+            since=now,
+            failures=failures,
+            retry_at=now + pause,
         )
 
     def _seen(self, place: _Place, now: float) -> pools.Place:
@@ -203,7 +210,10 @@ class Supervisor:
             case Start(worker_id, role):
                 place = self._places.setdefault(worker_id, _Place(worker_id=worker_id, role=role))
                 place.state, place.since = PlaceState.STARTING, now
-                place.process = self.spawn(worker_id, role)
+                if place.process is None:
+                    place.process = self.spawn(worker_id, role)
+                else:
+                    place.process.start_again()
             case Drain(worker_id):
                 self._drain(self._places[worker_id], now)
             case Stop(worker_id):

@@ -1,7 +1,8 @@
-"""One incarnation of a worker: a Ray actor behind calls that return at once.
+"""A worker in a Ray actor, behind calls that return at once.
 
-Owns the actor handle and the answers under way. It decides nothing: timeouts, restarts and membership are the
-supervisor's. The supervisor's tests put a fake in its place.
+The actor hosts one worker's process after another (`engine/nursed_process.py`): when only the worker has died, its
+actor, with the model in memory, starts the next one. Owns the actor handle and the answers under way. It decides
+nothing: timeouts, restarts and membership are the supervisor's. The supervisor's tests put a fake in its place.
 """
 
 from __future__ import annotations
@@ -41,7 +42,16 @@ class WorkerProcess(Protocol):
         ...
 
     def kill(self) -> None:
-        """End it now. Never raises."""
+        """End it and its host now. Never raises."""
+        ...
+
+    @property
+    def has_host(self) -> bool:
+        """True if the worker has died and its host, as far as is known, has not: `start_again` may be called."""
+        ...
+
+    def start_again(self) -> None:
+        """Have the host start another worker; what follows is as after the first start."""
         ...
 
     def check(self, *, timeout_s: float) -> None:
@@ -57,9 +67,9 @@ class RayWorkerProcess:
 
         self._ray = ray
         self._actor = actor_class(config.role).options(**options).remote(config)
-        self._start: Any = self._actor.start.remote()
-        self._question: Any = None
         self._process: psutil.Process | None = None
+        self._question: Any = None
+        self._start: Any = self._actor.start.remote()
 
     def poll_start(self) -> WorkerInfo | None:
         info = self._answer(self._start)
@@ -76,6 +86,8 @@ class RayWorkerProcess:
             self._question = self._actor.is_idle.remote()
 
     def poll_ping(self) -> bool | None:
+        if self.has_host:
+            raise ProcessGone("the process ended")
         if self._question is None:
             return None
         answer = self._answer(self._question)
@@ -95,6 +107,14 @@ class RayWorkerProcess:
         if self._process is not None:
             with contextlib.suppress(psutil.Error):
                 self._process.kill()
+
+    @property
+    def has_host(self) -> bool:
+        return self._process is not None and not _is_alive(self._process)
+
+    def start_again(self) -> None:
+        self._process = self._question = None
+        self._start = self._actor.start.remote()
 
     def check(self, *, timeout_s: float) -> None:
         try:
@@ -116,6 +136,13 @@ class RayWorkerProcess:
             raise ProcessGone(f"{type(cause).__name__}: {cause}") from error
         except self._ray.exceptions.RayError as error:
             raise ProcessGone(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def actor_class(role: Role) -> Any:

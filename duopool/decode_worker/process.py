@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from duopool.core.config import WorkerConfig
 from duopool.decode_worker.worker import DecodeWorker
+from duopool.engine import nursery
 from duopool.engine.transfer.factory import make_reader
 from duopool.engine.transfer.source_service import SourceService
-from duopool.engine.worker_process import Assembly, WorkerParts, WorkerProcess
-
-
-def decode_process(config: WorkerConfig) -> WorkerProcess:
-    """A decode worker that is ready to be started in this process."""
-    return WorkerProcess(config, assemble)
+from duopool.engine.worker_process import Assembly, WorkerParts
 
 
 def assemble(parts: WorkerParts) -> Assembly:
@@ -36,3 +31,7 @@ def assemble(parts: WorkerParts) -> Assembly:
         source.close()
 
     return Assembly(worker=worker, add_services=source.add_to, close=close)
+
+
+if __name__ == "__main__":
+    nursery.main(assemble)

@@ -47,6 +47,10 @@ class GrammarMasks:
         threading.Thread(target=load, name="grammar-tokenizer", daemon=True).start()
         return cls(tokenizer)
 
+    def wait(self) -> None:
+        """Until the tokenizer is read, well or not, and its thread has ended."""
+        self._tokenizer.exception()
+
     def allowed(self, grammar: str, output_token_ids: Sequence[int]) -> NDArray[np.bool_]:
         """[V]: the tokens that may follow. A grammar that is complete, or fails, allows the end of sequence alone."""
         output = tuple(output_token_ids)

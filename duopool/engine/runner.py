@@ -5,8 +5,6 @@ Owns the model, its KV store and nothing about requests: every step is a functio
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import psutil
@@ -14,26 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from duopool.core.config import CacheConfig, ModelConfig
-from duopool.core.errors import UnsupportedModel
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import Chunk, SampleSpec, StepPlan, StepResult
 from duopool.core.types import BlockId, RequestId, TokenLogprob
+from duopool.engine.checked_model import CheckedModel
 from duopool.engine.forward_batch import ForwardBatch, build_forward_batch
 from duopool.engine.forward_context import forward_context
-from duopool.engine.fused_model import fuse
 from duopool.engine.grammar import GrammarMasks
-from duopool.engine.kv_layout import KVLayout
 from duopool.engine.kv_sizing import size_pool
 from duopool.engine.kv_store import KVStore
-from duopool.engine.model_loader import LoadedModel, load_model
-from duopool.engine.model_source import Progress, resolve_model
-from duopool.engine.overlay import apply_overlays
-from duopool.engine.probe import check_parity, eager_logits, find_layout
+from duopool.engine.model_loader import LoadedModel
+from duopool.engine.model_source import Progress
 from duopool.engine.sampler import sample
 from duopool.engine.token_logprobs import token_logprobs
 from duopool.kernels import ops
-
-log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -58,15 +50,8 @@ class ModelRunner:
         device: torch.device | str = "cpu",
     ) -> ModelRunner:
         """Find, load and check the model and make its store; raise ModelNotFound, UnsupportedModel, OutOfBlocks."""
-        report: Callable[[str], None] = progress or (lambda _: None)
-        source = resolve_model(model_config.model, report)
-        report(f"loading {source.name}")
-        model = load_model(
-            source.folder, dtype=model_config.dtype, max_model_len=model_config.max_model_len, device=device
-        )
-        report("checking attention")
-        masks = GrammarMasks.from_folder(source.folder, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
-        return cls.from_model(model, cache_config, masks)
+        checked = CheckedModel.load(model_config, cache_config, progress=progress, device=device)
+        return cls.over(checked, cache_config)
 
     @classmethod
     def from_model(
@@ -76,9 +61,12 @@ class ModelRunner:
 
         `masks` is needed for requests with a grammar.
         """
-        layout = find_layout(model, cache_config.block_size)
-        expected = eager_logits(model)
-        model = _made_fast(model, layout, expected)
+        return cls.over(CheckedModel.of(model, cache_config.block_size, masks), cache_config)
+
+    @classmethod
+    def over(cls, checked: CheckedModel, cache_config: CacheConfig) -> ModelRunner:
+        """Give a checked model a store of its own; raise OutOfBlocks."""
+        model, layout = checked.model, checked.layout
         size = size_pool(
             cache_config,
             page_bytes=layout.page_bytes,
@@ -86,7 +74,7 @@ class ModelRunner:
             memory_bytes=_memory_bytes(model.device),
         )
         model = replace(model, max_model_len=size.max_model_len)
-        return cls(model, KVStore(layout, size.num_blocks, model.device), masks, notes=size.notes)
+        return cls(model, KVStore(layout, size.num_blocks, model.device), checked.masks, notes=size.notes)
 
     @property
     def module(self) -> nn.Module:
@@ -172,22 +160,6 @@ class ModelRunner:
         logits: Tensor = output.logits[0]
         # A family that does not know `logits_to_keep` gives every row.
         return logits if len(logits) == len(batch.logits_rows) else logits[batch.logits_rows]
-
-
-def _made_fast(model: LoadedModel, layout: KVLayout, expected: list[Tensor]) -> LoadedModel:
-    """One call per step where the model has the shape for it, else overlays; checked against the original's logits."""
-    fused = fuse(model)
-    if fused is not None:
-        whole = replace(model, module=fused)
-        try:
-            check_parity(whole, layout, expected)
-        except UnsupportedModel as error:
-            log.warning("layer by layer, because as one call %s", error)
-        else:
-            return whole
-    apply_overlays(model.module)
-    check_parity(model, layout, expected)
-    return model
 
 
 def _score(logits_RV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from duopool.core.config import WorkerConfig
 from duopool.core.kv_manager import KVCacheManager
 from duopool.core.messages import WorkerInfo
 from duopool.core.types import Incarnation, LeaseId, WorkerId
 from duopool.core.worker import Worker
 from duopool.engine import failpoints
+from duopool.engine.checked_model import CheckedModel
 from duopool.engine.leases import SourceIdentity
 from duopool.engine.model_digest import model_digest, tokenizer_digest
 from duopool.engine.model_source import resolve_model
@@ -96,8 +95,9 @@ class Assembly:
 class WorkerProcess:
     """`start`, serve until `stop`. A fatal engine error ends the whole operating-system process."""
 
-    def __init__(self, config: WorkerConfig, assemble: Callable[[WorkerParts], Assembly]) -> None:
+    def __init__(self, config: WorkerConfig, assemble: Callable[[WorkerParts], Assembly], model: CheckedModel) -> None:
         self._config = config
+        self._model = model
         self._assemble = assemble
         self._incarnation = Incarnation(secrets.randbits(63))
         self._clock = time.monotonic
@@ -108,18 +108,16 @@ class WorkerProcess:
         self._is_draining = False
 
     def start(self) -> WorkerInfo:
-        """Load the model, listen, and begin to step; returns the registration. Takes seconds to minutes."""
+        """Make the KV store, listen, and begin to step; returns the registration."""
         from duopool.proto.internal_access import InternalAccess
         from duopool.proto.server_thread import ServerThread
         from duopool.proto.worker_service import WorkerService
 
         config = self._config
         failpoints.enable(config.worker_id)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         access = InternalAccess.load(config.internal)
         source = resolve_model(config.model.model)
-        runner = ModelRunner.load(config.model, config.cache, progress=log.info)
+        runner = ModelRunner.over(self._model, config.cache)
         runner.warm_up()
         digest = model_digest(source.folder, dtype=str(runner.store.layout.dtype))
         self._server = ServerThread(access)

@@ -10,7 +10,7 @@ import ray
 
 from duopool.core.config import WorkerConfig
 from duopool.core.messages import WorkerInfo
-from duopool.prefill_worker.process import prefill_process
+from duopool.engine.nursed_process import NursedProcess
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -22,14 +22,14 @@ def _control(method: Method) -> Method:
 
 @ray.remote(concurrency_groups={"control": 4})
 class PrefillActor:
-    """One incarnation of a prefill worker."""
+    """Hosts one prefill worker after another."""
 
     def __init__(self, config: WorkerConfig) -> None:
         host = ray.util.get_node_ip_address() if config.host == "auto" else config.host
-        self._process = prefill_process(config.model_copy(update={"host": host}))
+        self._process = NursedProcess(config.model_copy(update={"host": host}), "duopool.prefill_worker.process")
 
     def start(self) -> WorkerInfo:
-        """Load the model and serve; returns the registration."""
+        """Start a worker, or another one after it has died; returns the registration once it serves."""
         return msgspec.structs.replace(self._process.start(), node_id=ray.get_runtime_context().get_node_id())
 
     @_control

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from duopool.core.config import WorkerConfig
+from duopool.engine import nursery
 from duopool.engine.transfer.source_service import SourceService
-from duopool.engine.worker_process import Assembly, WorkerParts, WorkerProcess
+from duopool.engine.worker_process import Assembly, WorkerParts
 from duopool.prefill_worker.worker import PrefillWorker
-
-
-def prefill_process(config: WorkerConfig) -> WorkerProcess:
-    """A prefill worker that is ready to be started in this process."""
-    return WorkerProcess(config, assemble)
 
 
 def assemble(parts: WorkerParts) -> Assembly:
@@ -31,3 +26,7 @@ def assemble(parts: WorkerParts) -> Assembly:
         incarnation=parts.incarnation,
     )
     return Assembly(worker=worker, add_services=source.add_to, close=source.close)
+
+
+if __name__ == "__main__":
+    nursery.main(assemble)

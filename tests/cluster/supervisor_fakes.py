@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from duopool.cluster.worker_process import ProcessGone
 from duopool.core.messages import WorkerInfo
 from duopool.core.types import Incarnation, Role, WorkerId
@@ -38,6 +40,13 @@ class FakeProcess:
     was_killed: bool = False
     is_draining: bool = False
     has_question: bool = False
+    has_host: bool = False
+    num_starts: int = 1
+
+    def start_again(self) -> None:
+        self.is_started, self.is_dead, self.has_host = False, False, False
+        self.num_starts += 1
+        self.info = msgspec.structs.replace(self.info, incarnation=Incarnation(1000 * self.num_starts))
 
     def _must_live(self) -> None:
         if self.is_dead or self.was_killed:

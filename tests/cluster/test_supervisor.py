@@ -267,3 +267,26 @@ class AnyLife(RuleBasedStateMachine):
 
 TestAnyLife = AnyLife.TestCase
 TestAnyLife.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+def test_a_host_whose_worker_died_starts_the_next_one_and_a_dead_host_is_replaced() -> None:
+    stage = Stage()
+    stage.start_all()
+    host = stage.spawner.newest("decode-0")
+    first = host.info.incarnation
+    host.is_dead = host.has_host = True
+    stage.run(CONFIG.backoff_s + 0.3)
+    assert not host.was_killed
+    assert host.num_starts == 2
+    assert stage.members == {"prefill-0": False}
+    host.is_started = True
+    stage.run(0.2)
+    assert stage.members == {"prefill-0": False, "decode-0": False}
+    assert {info.incarnation for info in stage.published[-1].members if info.role == "decode"} != {first}
+
+    host.is_dead = host.has_host = True
+    stage.run(2 * CONFIG.backoff_s + 0.3)
+    host.is_dead = True  # the host itself, while its next worker starts
+    stage.run(4 * CONFIG.backoff_s + 0.3)
+    assert host.was_killed
+    assert stage.spawner.newest("decode-0") is not host

@@ -419,6 +419,28 @@ def test_two_dead_workers_end_a_request_that_may_be_poison() -> None:
     assert Send(p, Cancel(request_id=REQUEST_ID, attempt=2)) in actions
 
 
+def test_dead_workers_are_not_held_against_a_request_that_goes_on_in_between() -> None:
+    state, p, d, _ = leased()
+    for number in range(2, 2 + MAX_RETRIES):
+        state, _ = transition(state, Lost(d))
+        d = Member(WorkerId(f"d{number}"), Incarnation(number))
+        state, _ = transition(state, Routed(Route(prefill=p, decode=d)))
+        state, _ = transition(state, Heard(d, tokens_of(state.attempt, len(state.output))))
+    assert state.phase is Phase.DECODING
+    state, _ = transition(state, Lost(d))
+    assert state.phase is Phase.FAILED  # the retries are used up
+
+
+def test_workers_that_only_keep_room_or_blocks_may_die_without_making_the_request_suspect() -> None:
+    state, p, d, _ = leased()
+    state, _ = transition(state, Lost(p))
+    assert state.deaths == 0
+    other = Member(WorkerId("p2"), Incarnation(3))
+    state, _ = transition(state, Routed(Route(prefill=other, decode=d)))
+    state, _ = transition(state, Lost(d))
+    assert (state.deaths, state.phase) == (0, Phase.ADMITTED)
+
+
 def without_decode_worker() -> tuple[RequestState, Member]:
     """Back without a route, while `p` still keeps the finished work."""
     state, p, d, _ = leased()

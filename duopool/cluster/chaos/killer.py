@@ -9,19 +9,18 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
-import grpc
 import psutil
 
+from duopool.cluster.admin_access import admin_stub
 from duopool.core.errors import DuopoolError
 from duopool.core.types import Role
 from duopool.engine.failpoints import FAILPOINTS, Failpoint, arm
 from duopool.proto import inference_pb2 as pb
-from duopool.proto import inference_pb2_grpc
 
 ANYWHERE = "anywhere"
 """Not a failpoint: `kill -9` from outside, wherever the worker is."""
@@ -30,7 +29,6 @@ POLL_S = 0.02
 ARM_TIMEOUT_S = 5.0
 """A failpoint that is not reached for this long is disarmed, and the worker killed from outside."""
 READY_TIMEOUT_S = 120.0
-_STUB: Any = inference_pb2_grpc.AdminStub
 
 
 class NotBack(DuopoolError):
@@ -54,13 +52,14 @@ class Killer:
     """Kills one worker at a time; which and where is drawn from `random`."""
 
     def __init__(self, address: str, folder: Path, random: Random) -> None:
-        self._channel = grpc.insecure_channel(address)
+        self._calls = ExitStack()
+        self._admin = self._calls.enter_context(admin_stub(address))
         self._folder = folder
         self._random = random
         self._next: dict[Role, list[str]] = {role: [] for role in Role}
 
     def close(self) -> None:
-        self._channel.close()
+        self._calls.close()
 
     def kill(self, role: Role) -> Kill:
         """Kill a ready worker of this pool at the next place and wait for its successor. Raises NotBack."""
@@ -104,7 +103,7 @@ class Killer:
             time.sleep(POLL_S)
 
     def _workers(self) -> Sequence[pb.WorkerState]:
-        state = _STUB(self._channel).ClusterState(pb.ClusterStateRequest(), timeout=10, wait_for_ready=True)
+        state = self._admin.ClusterState(pb.ClusterStateRequest(), timeout=10, wait_for_ready=True)
         return [worker for worker in state.workers if worker.state == "ready"]
 
 

@@ -78,7 +78,7 @@ __all__ = [
 """The values of `request_state.py` belong to this face."""
 
 POISON_LIMIT = 2
-"""A request whose attempts took this many workers down with them is not tried again."""
+"""A request whose attempts took this many workers down with them, without a decoded token in between, is given up."""
 
 
 def begin(state: RequestState) -> Step:
@@ -184,7 +184,7 @@ def _heard(state: RequestState, member: Member, message: WorkerMessage) -> Step:
         case Tokens(index=index) if index > len(state.output):
             return _missed(state, f"tokens before index {index} never came")
         case Tokens():
-            return _tokens(replace(state, phase=Phase.DECODING), message)
+            return _tokens(replace(state, phase=Phase.DECODING, deaths=0), message)
         case Nack():
             return _nack(state, member, message)
         case _:
@@ -264,12 +264,22 @@ def _lost(state: RequestState, member: Member) -> Step:
         return state, (NeedRoute(state.excluded),)
     if member == route.prefill and state.phase is Phase.DECODING and member != route.decode:
         return state, ()
-    state = replace(state, deaths=state.deaths + 1, excluded=state.excluded | {member})
+    deaths = state.deaths + _is_at_work(state, member)
+    state = replace(state, deaths=deaths, excluded=state.excluded | {member})
     if state.deaths >= POISON_LIMIT:
         return _end(state, Finish(Phase.FAILED, f"{state.deaths} workers died while they held this request"))
     if state.retries_left == 0:
         return _end(state, Finish(Phase.FAILED, f"worker {member.worker_id} was lost and no retries are left"))
     return _elsewhere(replace(state, retries_left=state.retries_left - 1), member)
+
+
+def _is_at_work(state: RequestState, member: Member) -> bool:
+    """Whether this member of the route was to do something with the request, not only to keep room or blocks for it."""
+    is_prefilling = state.phase is Phase.PREFILLING
+    route = state.route
+    if route is None:
+        return False
+    return member == (route.prefill or route.decode if is_prefilling else route.decode)
 
 
 def _evicted(state: RequestState, member: Member) -> Step:

@@ -87,7 +87,7 @@ class RequestState:
     excluded: frozenset[Member] = frozenset()
     """Members that failed this request."""
     deaths: int = 0
-    """Members that died while they held this request."""
+    """Members in a row that died while they worked on this request, without a token from a decode worker in between."""
 
     @property
     def is_handed_over(self) -> bool:

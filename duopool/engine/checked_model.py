@@ -1,0 +1,77 @@
+"""A model that is known to run through our attention, made fast: what a worker adds to it is only a store of pages.
+
+Owns the way from a name to such a model. It holds no request and no page, so that several processes may share it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from duopool.core.config import CacheConfig, ModelConfig
+from duopool.core.errors import UnsupportedModel
+from duopool.engine.fused_model import fuse
+from duopool.engine.grammar import GrammarMasks
+from duopool.engine.kv_layout import KVLayout
+from duopool.engine.model_loader import LoadedModel, load_model
+from duopool.engine.model_source import Progress, resolve_model
+from duopool.engine.overlay import apply_overlays
+from duopool.engine.probe import check_parity, eager_logits, find_layout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedModel:
+    """The model, the shape of its pages, and the masks of its tokens (without them no request may have a grammar)."""
+
+    model: LoadedModel
+    layout: KVLayout
+    masks: GrammarMasks | None = None
+
+    @classmethod
+    def load(
+        cls,
+        model_config: ModelConfig,
+        cache_config: CacheConfig,
+        *,
+        progress: Progress | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Find, load and check the model; raise ModelNotFound, UnsupportedModel."""
+        report: Callable[[str], None] = progress or (lambda _: None)
+        source = resolve_model(model_config.model, report)
+        report(f"loading {source.name}")
+        model = load_model(
+            source.folder, dtype=model_config.dtype, max_model_len=model_config.max_model_len, device=device
+        )
+        masks = GrammarMasks.from_folder(source.folder, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
+        report("checking attention")
+        return cls.of(model, cache_config.block_size, masks)
+
+    @classmethod
+    def of(cls, model: LoadedModel, block_size: int, masks: GrammarMasks | None = None) -> Self:
+        """Check a loaded model. Its module must not be used elsewhere afterwards; raise UnsupportedModel."""
+        layout = find_layout(model, block_size)
+        return cls(model=_made_fast(model, layout, eager_logits(model)), layout=layout, masks=masks)
+
+
+def _made_fast(model: LoadedModel, layout: KVLayout, expected: list[Tensor]) -> LoadedModel:
+    """One call per step where the model has the shape for it, else overlays; checked against the original's logits."""
+    fused = fuse(model)
+    if fused is not None:
+        whole = replace(model, module=fused)
+        try:
+            check_parity(whole, layout, expected)
+        except UnsupportedModel as error:
+            log.warning("layer by layer, because as one call %s", error)
+        else:
+            return whole
+    apply_overlays(model.module)
+    check_parity(model, layout, expected)
+    return model
