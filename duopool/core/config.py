@@ -72,6 +72,12 @@ class HandoffConfig(_Config):
     progress_watchdog_s: float = Field(default=2.0, gt=0)
     max_retries: int = Field(default=3, ge=0)
     """Attempts after the first, per request."""
+    retry_share: float = Field(default=0.1, ge=0)
+    """Further attempts of all requests together, as a share of the requests; what is beyond waits."""
+    retries_per_s: float = Field(default=10.0, gt=0)
+    """Further attempts that are always allowed."""
+    retry_burst: int = Field(default=256, ge=1)
+    """Further attempts at once, as after a worker's death."""
     local_prefill_max_tokens: int = Field(default=64, ge=0)
     """A remainder of at most this many uncached tokens may be prefilled on D."""
 

@@ -57,6 +57,10 @@ class WorkerLost(DuopoolError):
     """No worker could finish the request within its retry budget."""
 
 
+class SuspectedPoison(DuopoolError):
+    """Workers died one after the other while they worked on the request; it is not tried again, nor should it be."""
+
+
 class DeadlineMissed(DuopoolError):
     """The request's deadline passed before it finished."""
 

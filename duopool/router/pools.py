@@ -36,6 +36,7 @@ from duopool.router.connection import Connect
 from duopool.router.load_table import LoadTable
 from duopool.router.policy import Candidate, Decision, choose, choose_decode
 from duopool.router.prefix_index import PrefixIndex, PrefixRun
+from duopool.router.retry_budget import RetryBudget
 from duopool.router.session import Session, SessionState
 from duopool.router.watch import RequestRecord
 
@@ -113,6 +114,7 @@ class Pools:
         self._lives: dict[RequestId, Life] = {}
         self._rotation = 0
         self.loads = LoadTable()
+        self.retries = RetryBudget(config.handoff)
         self.wanted: dict[str, int] = {}
         """Pool sizes that the supervisor aims at."""
         self.on_change: Callable[[], None] = lambda: None
@@ -205,6 +207,7 @@ class Pools:
     def enter(self, life: Life) -> None:
         """From now on the request hears what workers say of it."""
         self._lives[life.request_id] = life
+        self.retries.earn()
 
     def leave(self, request_id: RequestId) -> None:
         self._lives.pop(request_id, None)

@@ -17,7 +17,14 @@ from dataclasses import dataclass
 import msgspec
 
 from duopool.core.audit import RequestEntry
-from duopool.core.errors import DeadlineMissed, DuopoolError, PromptTooLong, Unavailable, WorkerLost
+from duopool.core.errors import (
+    DeadlineMissed,
+    DuopoolError,
+    PromptTooLong,
+    SuspectedPoison,
+    Unavailable,
+    WorkerLost,
+)
 from duopool.core.handoff.request import (
     Action,
     Emit,
@@ -312,6 +319,8 @@ def _error_of(finish: Finish) -> DuopoolError | None:
     """What a failed request's client is told."""
     if finish.phase is not Phase.FAILED:
         return None
+    if finish.is_poison:
+        return SuspectedPoison(finish.reason)
     nack = finish.nack
     match nack.reason if nack is not None else None:
         case NackReason.DEADLINE:

@@ -33,15 +33,17 @@ class RouteSearch:
         self._refused: dict[Member, float] = {}
         """Members that were busy or draining, and until when."""
         self._expected: tuple[Member, tuple[BlockKey, ...]] | None = None
+        self._paid_down_to: int | None = None
+        """The request's `retries_left` down to which its attempts are covered; None before the first try."""
         self._wait_timer: asyncio.TimerHandle | None = None
         self._retry_timer: asyncio.TimerHandle | None = None
 
     def find(self, state: RequestState, wanted: NeedRoute, *, now: float) -> Route | None:
         """A route for the request as it is now; or None, and the search goes on by itself."""
         self._refused = {member: until for member, until in self._refused.items() if until > now}
-        route = self._try(state, wanted)
+        route = self._try(state, wanted) if self._is_paid(state, now=now) else None
         if route is None:
-            self._wait(now)
+            self._wait(state, now)
         else:
             self._cancel_timers()
         return route
@@ -83,6 +85,14 @@ class RouteSearch:
         self._cancel_timers()
         self.unexpect()
 
+    def _is_paid(self, state: RequestState, *, now: float) -> bool:
+        """Whether the attempt is one that the request began with, or the budget allows another."""
+        is_retry = self._paid_down_to is not None and state.retries_left < self._paid_down_to
+        if is_retry and not self._pools.retries.spend(now=now):
+            return False
+        self._paid_down_to = state.retries_left
+        return True
+
     def _try(self, state: RequestState, wanted: NeedRoute) -> Route | None:
         pools, request_id = self._pools, state.request.request_id
         num_tokens = len(state.request.prompt_token_ids) + len(state.output)
@@ -109,7 +119,7 @@ class RouteSearch:
         self._keys.extend(tokens[self._keys.num_tokens :])
         return self._keys.keys
 
-    def _wait(self, now: float) -> None:
+    def _wait(self, state: RequestState, now: float) -> None:
         loop = asyncio.get_running_loop()
         if self._wait_timer is None:
             self._wait_timer = loop.call_later(self._wait_s, self._give_up)
@@ -117,6 +127,8 @@ class RouteSearch:
             self._retry_timer.cancel()
             self._retry_timer = None
         soonest = min(self._refused.values(), default=float("inf"))
+        if self._paid_down_to is not None and state.retries_left < self._paid_down_to:
+            soonest = min(soonest, self._pools.retries.next_at(now=now))
         if soonest < float("inf"):
             self._retry_timer = loop.call_later(max(0.0, soonest - now) + 0.001, self._retry)
 

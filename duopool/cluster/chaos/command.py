@@ -7,7 +7,6 @@ import math
 import os
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
@@ -66,7 +65,7 @@ def chaos(
         raise typer.Exit(EXIT_FAILED)
 
 
-def chaos_config(model: str, *, workers: int, transport: TransportChoice) -> ClusterConfig:
+def chaos_config(model: str, *, workers: int, transport: TransportChoice = TransportChoice.auto) -> ClusterConfig:
     """Prompts are always handed over, and a worker that dies is replaced at once, however often it dies."""
     return ClusterConfig(
         prefill=workers,
@@ -75,6 +74,7 @@ def chaos_config(model: str, *, workers: int, transport: TransportChoice) -> Clu
         model=ModelConfig(model=model, dtype="float32"),
         cache=CacheConfig(num_blocks=1024),
         handoff=HandoffConfig(transport=transport.value, local_prefill_max_tokens=0),
+        num_threads=1,
         supervisor=SupervisorConfig(backoff_s=0.05, max_backoff_s=0.05),
     )
 
@@ -88,8 +88,9 @@ def run(system: System, folder: Path, roles: Sequence[Role], *, streams: int, se
         with Streams(system.address, questions, count=streams, seed=seed) as running:
             for at, role in enumerate(roles):
                 deaths.append(killer.kill(role))
-                err.print(_line(at, deaths[-1], running.tally), highlight=False)
-                time.sleep(random.uniform(0, 0.5))
+                # Retries and suspicion of poison are bounded: a request may meet one kill, and must survive it.
+                running.wait_until_none_is_older(deaths[-1].killed_at)
+                err.print(_line(at, deaths[-1], running.tally), highlight=False, soft_wrap=True)
     finally:
         killer.close()
     system.check()
@@ -99,7 +100,7 @@ def run(system: System, folder: Path, roles: Sequence[Role], *, streams: int, se
 def _line(at: int, kill: Kill, tally: Tally) -> str:
     return (
         f"{at + 1}: {kill.worker_id} at {kill.place}, back after {kill.back_after_s:.1f} s; {tally.requests} requests, "
-        f"{tally.retried} retried, {tally.lost} lost, {tally.doubled} doubled, {tally.changed} changed"
+        f"{tally.retried} retried, {tally.lost} lost, {tally.doubled} doubled, {tally.changed} changed {tally.complaints[:MOST_COMPLAINTS] or ''}"
     )
 
 
@@ -115,7 +116,8 @@ def _table(deaths: Sequence[Kill], tally: Tally) -> Table:
         "from kill to ready", f"median {statistics.median(back):.1f} s, longest {max(back, default=math.nan):.1f} s"
     )
     table.add_row("requests, tokens", f"{tally.requests:,}, {tally.tokens:,}; {tally.retried:,} took another attempt")
-    table.add_row("longest pause of a stream", f"{tally.longest_pause_s:.1f} s")
+    table.add_row("longest pause between tokens", f"{tally.longest_pause_s:.1f} s")
+    table.add_row("longest wait for a first token", f"{tally.longest_wait_s:.1f} s")
     for name in ("lost", "doubled", "changed"):
         table.add_row(name, str(getattr(tally, name)))
     return table

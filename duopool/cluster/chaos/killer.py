@@ -26,7 +26,7 @@ ANYWHERE = "anywhere"
 """Not a failpoint: `kill -9` from outside, wherever the worker is."""
 MOST_PASSES = 3
 POLL_S = 0.02
-ARM_TIMEOUT_S = 5.0
+ARM_TIMEOUT_S = 20.0
 """A failpoint that is not reached for this long is disarmed, and the worker killed from outside."""
 READY_TIMEOUT_S = 120.0
 

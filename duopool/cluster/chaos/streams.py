@@ -20,6 +20,7 @@ from duopool.proto import inference_pb2 as pb
 from duopool.proto import inference_pb2_grpc
 from duopool.proto.status import read_status
 
+POLL_S = 0.02
 _STUB: Any = inference_pb2_grpc.InferenceStub
 
 
@@ -38,8 +39,10 @@ class Tally:
     """Requests whose tokens differ from those of the unfaulted run."""
     retried: int = 0
     """Requests that took more than one attempt."""
+    longest_wait_s: float = 0.0
+    """Longest time from a request to its first token, queues included."""
     longest_pause_s: float = 0.0
-    """Longest wait of a stream for its next token, the first one included."""
+    """Longest time between two tokens of a stream."""
     complaints: list[str] = field(default_factory=list)
 
     @property
@@ -65,11 +68,18 @@ class Streams:
         self._count = count
         self._seed = seed
         self._is_over = threading.Event()
+        self._begun_at: dict[int, float] = {}
+        """When the request under way in each stream was sent."""
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="chaos streams")
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
+
+    def wait_until_none_is_older(self, than: float) -> None:
+        """Until every request that was under way at this moment of the monotonic clock has ended."""
+        while any(begun_at < than for begun_at in list(self._begun_at.values())):
+            time.sleep(POLL_S)
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
@@ -88,7 +98,9 @@ class Streams:
             request.CopyFrom(question.request)
             # A salt of its own for most: a prompt that is cached on a decode worker would not be handed over.
             request.cache_salt = b"chaos %d %d" % (at, turn) if turn % 4 else b"chaos"
+            self._begun_at[at] = time.monotonic()
             await self._ask(channel, Question(request=request, answer=question.answer))
+        self._begun_at.pop(at, None)
 
     async def _ask(self, channel: Any, question: Question) -> None:
         tally, finished = self.tally, None
@@ -99,7 +111,10 @@ class Streams:
                 match response.WhichOneof("event"):
                     case "tokens":
                         now = time.monotonic()
-                        tally.longest_pause_s = max(tally.longest_pause_s, now - heard_at)
+                        if received:
+                            tally.longest_pause_s = max(tally.longest_pause_s, now - heard_at)
+                        else:
+                            tally.longest_wait_s = max(tally.longest_wait_s, now - heard_at)
                         heard_at = now
                         tally.doubled += response.tokens.index != len(received)
                         received += response.tokens.token_ids

@@ -267,7 +267,8 @@ def _lost(state: RequestState, member: Member) -> Step:
     deaths = state.deaths + _is_at_work(state, member)
     state = replace(state, deaths=deaths, excluded=state.excluded | {member})
     if state.deaths >= POISON_LIMIT:
-        return _end(state, Finish(Phase.FAILED, f"{state.deaths} workers died while they held this request"))
+        reason = f"{state.deaths} workers died one after the other while they worked on this request"
+        return _end(state, Finish(Phase.FAILED, reason, is_poison=True))
     if state.retries_left == 0:
         return _end(state, Finish(Phase.FAILED, f"worker {member.worker_id} was lost and no retries are left"))
     return _elsewhere(replace(state, retries_left=state.retries_left - 1), member)

@@ -181,6 +181,8 @@ class Finish:
     reason: str = ""
     nack: Nack | None = field(default=None)
     """The worker's refusal, if that ended the request."""
+    is_poison: bool = False
+    """The request itself is suspected of having ended the workers."""
 
 
 Action = NeedRoute | Send | Emit | Finish
