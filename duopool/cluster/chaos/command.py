@@ -98,9 +98,10 @@ def run(system: System, folder: Path, roles: Sequence[Role], *, streams: int, se
 
 
 def _line(at: int, kill: Kill, tally: Tally) -> str:
+    problems = "".join(f"; {text}" for text in tally.complaints[:MOST_COMPLAINTS])
     return (
         f"{at + 1}: {kill.worker_id} at {kill.place}, back after {kill.back_after_s:.1f} s; {tally.requests} requests, "
-        f"{tally.retried} retried, {tally.lost} lost, {tally.doubled} doubled, {tally.changed} changed {tally.complaints[:MOST_COMPLAINTS] or ''}"
+        f"{tally.retried} retried, {tally.lost} lost, {tally.doubled} doubled, {tally.changed} changed{problems}"
     )
 
 
