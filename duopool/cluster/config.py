@@ -17,6 +17,8 @@ from duopool.core.config import (
 )
 from duopool.core.types import Role, WorkerId
 
+MAX_ROUTERS = 16
+
 
 class SupervisorConfig(BaseModel):
     """Timers of the supervisor, in seconds."""
@@ -55,6 +57,8 @@ class ClusterConfig(BaseModel):
     port: int = Field(default=50051, ge=0, le=65535)
     http_port: int | None = Field(default=0, ge=0, le=65535)
     """Port of the OpenAI-compatible HTTP face; 0 lets the system choose, None means no such face."""
+    routers: int = Field(default=1, ge=1, le=MAX_ROUTERS)
+    """Router processes, each with sessions to all workers; the ports of the others follow those of the first."""
     metrics_prefix: str = RouterConfig().metrics_prefix
     tls: TlsFiles | None = None
     api_keys_file: str | None = None
@@ -86,19 +90,24 @@ class ClusterConfig(BaseModel):
             num_threads=num_threads,
         )
 
-    def router(self) -> RouterConfig:
-        """Configuration of the router."""
+    def router(self, number: int = 0) -> RouterConfig:
+        """Configuration of one router, counted from 0."""
         return RouterConfig(
             model=self.model,
             handoff=self.handoff,
             host=self.host,
-            port=self.port,
-            http_port=self.http_port,
+            port=_following(self.port, number),
+            http_port=None if self.http_port is None else _following(self.http_port, number),
             block_size=self.cache.block_size,
             metrics_prefix=self.metrics_prefix,
             internal=self.internal,
             tls=self.tls,
             api_keys_file=self.api_keys_file,
             internal_host=self.internal_host,
-            internal_port=self.internal_port,
+            internal_port=_following(self.internal_port, number),
         )
+
+
+def _following(port: int, number: int) -> int:
+    """The port of another router; one that the system chooses stays so."""
+    return port + number if port else 0

@@ -40,7 +40,7 @@ class Listening:
 
 
 class RouterProcess:
-    """One router at a time. `launch` and `wait` are apart so that workers can load meanwhile."""
+    """One router at a time: `launch` it, then `poll` until it listens."""
 
     def __init__(self, config: RouterConfig, *, module: str = "duopool.router.main") -> None:
         self._config = config
@@ -74,16 +74,13 @@ class RouterProcess:
         self._last_lines = []
         threading.Thread(target=self._forward_errors, args=(self._child,), name="router-stderr", daemon=True).start()
 
-    def wait(self, *, timeout_s: float) -> Listening:
-        """Wait until the child listens. Raises RouterFailed."""
+    def poll(self) -> Listening | None:
+        """Where the child listens, once; None before. Raises RouterFailed if it ended instead."""
         child = self._child
         if child is None or child.stdout is None:
             raise RouterFailed("the router was not started")
-        deadline = time.monotonic() + timeout_s
-        while not select.select([child.stdout], [], [], 0.1)[0]:
-            if time.monotonic() > deadline:
-                self.stop()
-                raise RouterFailed(f"the router did not listen within {timeout_s:.0f} s")
+        if not select.select([child.stdout], [], [], 0)[0]:
+            return None
         line = child.stdout.readline()
         if not line:
             child.wait()

@@ -41,6 +41,9 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="Name clients use; --model when not given.")] = None,
     prefill: Annotated[int, typer.Option(min=1, help="Prefill workers.")] = 1,
     decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    routers: Annotated[
+        int, typer.Option(min=1, help="Router processes; the ports of the others follow those of the first.")
+    ] = 1,
     host: Annotated[str, typer.Option(help="Address the router listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router; 0 lets the system choose.")] = 50051,
     http: Annotated[bool, typer.Option(help="Also serve the OpenAI-compatible HTTP interface.")] = True,
@@ -125,6 +128,7 @@ def serve(
         wanted = ClusterConfig(
             prefill=prefill,
             decode=decode,
+            routers=routers,
             model=ModelConfig(
                 model=model, served_model_name=served_model_name, dtype=dtype.value, max_model_len=max_model_len
             ),
@@ -179,9 +183,9 @@ def _run(config: ClusterConfig) -> None:
             system = System.start(config, report=report)
         # Ray sets a handler of its own when it starts.
         signal.signal(signal.SIGTERM, _interrupt)
-        out.print(f"serving {config.model.model} on {system.address} (Ctrl-C stops)", highlight=False)
-        if system.http_url is not None:
-            out.print(f"OpenAI-compatible HTTP on {system.http_url}/v1", highlight=False)
+        out.print(f"serving {config.model.model} on {', '.join(system.addresses)} (Ctrl-C stops)", highlight=False)
+        for url in filter(None, (router.http_url for router in system.routers)):
+            out.print(f"OpenAI-compatible HTTP on {url}/v1", highlight=False)
         system.wait()
         complain("the supervisor failed; see above")
         raise typer.Exit(EXIT_FAILED)

@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from duopool.cluster.admin_access import RouterRecord, announce, prepare, withdraw
+from duopool.cluster.admin_access import prepare
 from duopool.cluster.config import ClusterConfig
 from duopool.cluster.launch import LOOPBACK, RayCluster, available_cpus, launch
 from duopool.cluster.membership import ClusterView
 from duopool.cluster.placement import actor_options, gpu_share
-from duopool.cluster.router_link import RouterLink
-from duopool.cluster.router_process import Listening, RouterProcess
+from duopool.cluster.router_place import RouterPlace
 from duopool.cluster.supervisor import Supervisor
 from duopool.cluster.worker_process import RayWorkerProcess
 from duopool.core.config import ModelConfig, TransportName
@@ -38,11 +37,9 @@ logger = logging.getLogger(__name__)
 Report = Callable[[str, str], None]
 """Called with a stage (`model`, `ray`, `workers`, `router`) and a line of text."""
 
-ROUTER_START_TIMEOUT_S = 120.0
 START_POLL_S = 0.05
 START_REMINDER_S = 10.0
 """How often an operator is told what a start still waits for."""
-_EVERY_HOST = ("0.0.0.0", "::", "")
 
 
 class StartFailed(DuopoolError):
@@ -56,12 +53,12 @@ class System:
         self._config = config
         self._worker_model = config.model if ray_cluster.is_local else asked_model
         self._ray = ray_cluster
-        self._commands: queue.SimpleQueue[control_pb2.ClusterCommand] = queue.SimpleQueue()
-        self._router = RouterProcess(config.router())
-        self._link: RouterLink | None = None
-        self._listening: Listening | None = None
-        self._access = InternalAccess.load(config.internal)
-        self._is_listening = threading.Event()
+        self._commands: queue.SimpleQueue[tuple[RouterPlace, control_pb2.ClusterCommand]] = queue.SimpleQueue()
+        access = InternalAccess.load(config.internal)
+        self.routers = tuple(
+            RouterPlace(config.router(number), access, on_command=lambda *asked: self._commands.put(asked))
+            for number in range(config.routers)
+        )
         self._is_complete = threading.Event()
         self._is_stopping = threading.Event()
         self._fatal: Exception | None = None
@@ -91,37 +88,19 @@ class System:
         return system
 
     @property
-    def port(self) -> int:
-        """Port of the public gRPC service."""
-        assert self._listening is not None
-        return self._listening.port
-
-    @property
     def address(self) -> str:
-        """host:port at which clients on this machine reach the router."""
-        return f"{self._host}:{self.port}"
+        """host:port at which clients on this machine reach the first router."""
+        return self.routers[0].address
 
     @property
-    def http_url(self) -> str | None:
-        """Where clients on this machine reach the HTTP face; None if there is none."""
-        assert self._listening is not None
-        scheme = "http" if self._config.tls is None else "https"
-        return f"{scheme}://{self._host}:{self._listening.http_port}" if self._listening.http_port else None
-
-    @property
-    def _host(self) -> str:
-        host = self._config.host
-        return LOOPBACK if host in _EVERY_HOST else host
+    def addresses(self) -> list[str]:
+        """The same of every router; give a client all of them."""
+        return [router.address for router in self.routers]
 
     @property
     def transport(self) -> TransportName:
         """The transport that was asked for."""
         return self._config.handoff.transport
-
-    @property
-    def router_pid(self) -> int:
-        """Process id of the router now."""
-        return self._router.pid
 
     @property
     def view(self) -> ClusterView:
@@ -141,9 +120,8 @@ class System:
         self._is_stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout=60)
-        self._router.stop()
-        if self._listening is not None:
-            withdraw(self.port)
+        for router in self.routers:
+            router.stop()
         self._ray.stop()
 
     def __enter__(self) -> Self:
@@ -160,7 +138,7 @@ class System:
         reported: set[str] = set()
         next_reminder_s = START_REMINDER_S
         while True:
-            is_complete = self._is_complete.is_set() and self._is_listening.is_set()
+            is_complete = self._is_complete.is_set() and all(router.is_listening for router in self.routers)
             if self._fatal is not None:
                 raise self._fatal
             if self._supervisor.num_failures > 0:
@@ -183,24 +161,24 @@ class System:
             yield "workers", f"{info.worker_id} ready, {info.dtype}, {info.num_blocks:,} KV blocks"
             for note in info.notes:
                 yield "workers", note
-        if self._is_listening.is_set():
-            yield "router", f"listening on {self.address}" + (f" and {self.http_url}" if self.http_url else "")
+        for router in self.routers:
+            if router.is_listening:
+                yield "router", " and ".join(filter(None, (f"listening on {router.address}", router.http_url)))
 
     def _missing(self) -> Iterator[str]:
         for role, wanted in self._config.wanted.items():
             num_there = sum(info.role == role for info in self.view.members)
             if num_there < wanted:
                 yield f"{wanted - num_there} of {wanted} {role} workers (Ray starts them, they load the model)"
-        if not self._is_listening.is_set():
+        if not all(router.is_listening for router in self.routers):
             yield "the router (it loads the tokenizer)"
 
     # ---- supervisor thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            self._router.launch()
-            self._supervisor.tick(time.monotonic())
-            self._attach()
+            for router in self.routers:
+                router.launch(time.monotonic())
             while not self._is_stopping.wait(self._config.supervisor.tick_s):
                 self._tick(time.monotonic())
         except Exception as error:
@@ -211,28 +189,15 @@ class System:
             self._end()
 
     def _tick(self, now: float) -> None:
-        if self._router.has_ended:
-            logger.warning("the router ended; starting it again")
-            self._router.stop()
-            self._router.launch()
-            self._attach()
         while not self._commands.empty():
-            self._execute(self._commands.get(), now)
+            self._execute(*self._commands.get(), now)
         self._supervisor.tick(now)
+        for router in self.routers:
+            router.tick(self._view, now)
         if self._supervisor.is_complete:
             self._is_complete.set()
 
-    def _attach(self) -> None:
-        if self._link is not None:
-            self._link.close()
-        self._listening = self._router.wait(timeout_s=ROUTER_START_TIMEOUT_S)
-        host = self._config.internal_host
-        address = f"{LOOPBACK if host in _EVERY_HOST else host}:{self._listening.internal_port}"
-        announce(self.port, RouterRecord(internal_address=address, internal=self._config.internal))
-        self._link = RouterLink(address, self._supervisor.view, access=self._access, on_command=self._commands.put)
-        self._is_listening.set()
-
-    def _execute(self, command: control_pb2.ClusterCommand, now: float) -> None:
+    def _execute(self, router: RouterPlace, command: control_pb2.ClusterCommand, now: float) -> None:
         error: DuopoolError | None = None
         try:
             match command.WhichOneof("command"):
@@ -246,22 +211,19 @@ class System:
                     error = Unavailable(f"command {other!r} is unknown")
         except DuopoolError as problem:
             error = problem
-        if self._link is not None:
-            self._link.publish(self._supervisor.view)
-            self._link.answer(result_of(command.command_id, error))
+        self._publish(self._supervisor.view)
+        router.answer(result_of(command.command_id, error))
 
     def _end(self) -> None:
-        """Router first, so that no client sees its worker vanish under it."""
-        if self._link is not None:
-            self._link.close()
-        self._router.stop()
-        self._link = None
+        """Routers first, so that no client sees its worker vanish under it."""
+        for router in self.routers:
+            router.stop()
         self._supervisor.stop_all()
 
     def _publish(self, view: ClusterView) -> None:
         self._view = view
-        if self._link is not None:
-            self._link.publish(view)
+        for router in self.routers:
+            router.publish(view)
 
     def _spawn(self, worker_id: WorkerId, role: Role) -> RayWorkerProcess:
         import ray

@@ -69,7 +69,8 @@ class HandoffConfig(_Config):
     lease_ttl_s: float = Field(default=5.0, gt=0)
     orphan_ttl_s: float = Field(default=2.0, gt=0)
     """A worker stops the requests of a router that it has not heard from for this long."""
-    progress_watchdog_s: float = Field(default=2.0, gt=0)
+    progress_watchdog_s: float = Field(default=1.8, gt=0)
+    """A worker that says nothing for this long is given up: noticed within 2 s, whenever it fell silent."""
     max_retries: int = Field(default=3, ge=0)
     """Attempts after the first, per request."""
     retry_share: float = Field(default=0.1, ge=0)

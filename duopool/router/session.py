@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from itertools import count
 from typing import Protocol
 
 from duopool.core.config import HandoffConfig
@@ -22,6 +23,8 @@ from duopool.router.connection import Connect, Connection, ConnectionBroken
 
 log = logging.getLogger(__name__)
 
+LOOKS_PER_HEARTBEAT = 5
+"""How often the watchdogs look between two heartbeats."""
 STALL_FACTOR = 5.0
 """A worker with running requests may take this many watchdog times for one step."""
 FIRST_BACKOFF_S = 0.05
@@ -144,18 +147,21 @@ class Session:
 
     async def _beat(self) -> None:
         """Heartbeats out, watchdogs in. Time in which this process itself was held up counts for nobody."""
-        while True:
+        look_s = self._config.heartbeat_s / LOOKS_PER_HEARTBEAT
+        for look in count(1):
             before = self._clock()
-            await asyncio.sleep(self._config.heartbeat_s)
+            await asyncio.sleep(look_s)
             now = self._clock()
-            if not self._listener.expects_progress(self.member):
-                self._progress_at = now
-            held_up_s = now - before - self._config.heartbeat_s
+            held_up_s = now - before - look_s
             if held_up_s > self._config.heartbeat_s:
                 self._heard_at += held_up_s
                 self._progress_at += held_up_s
             if now - self._heard_at > self._config.progress_watchdog_s:
                 raise ConnectionBroken(f"silent for {now - self._heard_at:.1f} s")
+            if look % LOOKS_PER_HEARTBEAT:
+                continue
+            if not self._listener.expects_progress(self.member):
+                self._progress_at = now
             if now - self._progress_at > STALL_FACTOR * self._config.progress_watchdog_s:
                 raise ConnectionBroken(f"no step for {now - self._progress_at:.1f} s while requests run")
             self.send(Heartbeat(lease_ids=self._listener.lease_ids(self.member)))

@@ -1,24 +1,38 @@
-"""Processes that die or stop while 16 streams run, each stream compared token for token with its unfaulted run."""
+"""Processes that die or stop while streams run, each stream compared token for token with its unfaulted run.
+
+One system with two workers of each role and two routers serves all tests.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
+import grpc
 import pytest
-from calls import is_at_rest, wait_for
+from calls import has_workers, is_at_rest, state, wait_for
 from remains import Remains
 
+from duopool.client import AsyncClient, Client
 from duopool.cluster.chaos.command import chaos_config, run
+from duopool.cluster.chaos.requests import FIRST_TOKEN, LAST_TOKEN
 from duopool.cluster.system import System
+from duopool.core.config import HandoffConfig
 from duopool.core.types import Role
 from duopool.engine.failpoints import FOLDER_VARIABLE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 NUM_STREAMS = 16
+EVERYONE = {"prefill-0", "prefill-1", "decode-0", "decode-1"}
+SLACK_S = 1.0
+"""What a busy machine may add to a time limit."""
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +45,121 @@ def failpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def system(failpoints: Path, nothing_remains: Remains) -> Iterator[System]:
-    with System.start(chaos_config("smollm2", workers=2)) as running:
-        nothing_remains.watch(running.address)
+    with System.start(chaos_config("smollm2", workers=2, routers=2)) as running:
+        for address in running.addresses:
+            nothing_remains.watch(address)
         yield running
 
 
+@pytest.fixture(autouse=True)
+def _every_block_comes_back(system: System) -> Iterator[None]:
+    yield
+    for address in system.addresses:
+        until(lambda address=address: answers(address))
+        wait_for(address, has_workers(EVERYONE))
+    wait_for(system.address, is_at_rest)
+    system.check()
+
+
 def test_no_token_is_lost_doubled_or_changed_when_workers_are_killed(system: System, failpoints: Path) -> None:
-    tally, deaths = run(system, failpoints, [Role.PREFILL, Role.DECODE] * 10, streams=NUM_STREAMS, seed=1)
+    tally, deaths, freezes = run(
+        system,
+        failpoints,
+        [Role.PREFILL, Role.DECODE] * 10,
+        frozen=[Role.DECODE],
+        stop_s=4.0,
+        streams=NUM_STREAMS,
+        seed=1,
+    )
     assert tally.complaints == []
     assert (tally.lost, tally.doubled, tally.changed) == (0, 0, 0)
     assert tally.retried > 0
     assert Counter(kill.role for kill in deaths) == {Role.PREFILL: 10, Role.DECODE: 10}
-    wait_for(system.address, is_at_rest)
+    assert freezes[0].noticed_after_s < HandoffConfig().progress_watchdog_s + SLACK_S
+
+
+def test_clients_of_a_killed_router_go_on_at_the_other(system: System) -> None:
+    prompts = [prompt_of(at) for at in range(8)]
+    whole = asyncio.run(complete(system.addresses, prompts))
+    killed = kill_first_router(system)
+    broken = asyncio.run(complete(system.addresses, prompts, when_halfway=killed))
+    assert broken == whole
+    with Client(system.addresses) as client:
+        tokens = [
+            token_id
+            for event in client.generate(token_ids=prompts[0], max_tokens=48, temperature=0, ignore_eos=True)
+            for token_id in getattr(event, "token_ids", ())
+        ]
+    assert tokens == whole[0]
+
+
+def test_a_raw_client_goes_on_with_the_tokens_that_it_has(system: System) -> None:
+    prompt = prompt_of(3)
+    (whole,) = asyncio.run(complete(system.addresses, [prompt]))
+    (rest,) = asyncio.run(complete(system.addresses[1:], [prompt], resume_from=whole[:20]))
+    assert rest == whole[20:]
+
+
+def test_requests_of_a_killed_router_stop_on_every_worker(system: System) -> None:
+    until(lambda: answers(system.addresses[0]))
+    wait_for(system.addresses[0], has_workers(EVERYONE))
+    killed = kill_first_router(system)
+    with pytest.raises(Exception, match="unavailable"):
+        asyncio.run(complete(system.addresses[:1], [prompt_of(9)] * 4, when_halfway=killed, max_tokens=2000, tries=1))
+    died_at = time.monotonic()
+    wait_for(system.addresses[1], is_at_rest)
+    assert time.monotonic() - died_at < HandoffConfig().orphan_ttl_s + SLACK_S
+
+
+def prompt_of(seed: int) -> list[int]:
+    random = Random(seed)
+    return [random.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(30)]
+
+
+async def complete(
+    addresses: list[str],
+    prompts: list[list[int]],
+    *,
+    max_tokens: int = 48,
+    resume_from: list[int] | None = None,
+    when_halfway: Callable[[], None] = lambda: None,
+    tries: int | None = None,
+) -> list[list[int]]:
+    """Tokens of each prompt through the client library, greedy and sampled in turn."""
+    seen = [0]
+
+    async def one(client: AsyncClient, at: int, prompt: list[int]) -> list[int]:
+        tokens: list[int] = []
+        sampling = {"temperature": 0.8, "seed": at} if at % 2 else {"temperature": 0}
+        stream = client.generate(
+            token_ids=prompt, max_tokens=max_tokens, ignore_eos=True, resume_from=resume_from, **sampling
+        )
+        async for event in stream:
+            tokens += getattr(event, "token_ids", ())
+            seen[0] += 1
+            if seen[0] == 5 * len(prompts):
+                when_halfway()
+        return tokens
+
+    async with AsyncClient(addresses, **({} if tries is None else {"max_resumes": tries - 1})) as client:
+        return list(await asyncio.gather(*(one(client, at, prompt) for at, prompt in enumerate(prompts))))
+
+
+def kill_first_router(system: System) -> Callable[[], None]:
+    victim = system.routers[0].pid
+    return lambda: os.kill(victim, signal.SIGKILL)
+
+
+def answers(address: str) -> bool:
+    try:
+        state(address)
+    except grpc.RpcError:
+        return False
+    return True
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

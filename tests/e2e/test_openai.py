@@ -50,7 +50,7 @@ def system(nothing_remains: Remains) -> Iterator[System]:
 
 @pytest.fixture(scope="module")
 def client(system: System) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{system.http_url}/v1", api_key="none", max_retries=0) as client:
+    with OpenAI(base_url=f"{system.routers[0].http_url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -193,7 +193,7 @@ def test_a_client_that_leaves_frees_everything(client: OpenAI, system: System) -
 def test_the_rest_of_the_interface_answers(client: OpenAI, system: System) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
-    with httpx.Client(base_url=system.http_url or "") as plain:
+    with httpx.Client(base_url=system.routers[0].http_url or "") as plain:
         tokens = plain.post("/tokenize", json={"prompt": "Hello, wörld"}).json()["tokens"]
         assert plain.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "Hello, wörld"}
         assert plain.get("/ready").json()["ready"]

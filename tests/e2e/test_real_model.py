@@ -138,10 +138,10 @@ def test_pools_grow_lose_workers_and_shrink_under_load(system: System, reference
 def test_a_killed_router_comes_back_at_its_port(system: System, reference: Reference) -> None:
     if system.transport != "nixl":
         pytest.skip("once is enough")
-    victim = system.router_pid
+    victim = system.routers[0].pid
     os.kill(victim, signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while system.router_pid in (0, victim) and time.monotonic() < deadline:
+    while system.routers[0].pid in (0, victim) and time.monotonic() < deadline:
         time.sleep(0.05)
     prompt = reference.words(11, 77)
     while True:

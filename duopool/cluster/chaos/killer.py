@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,17 @@ class Kill:
     """From the death until the successor took requests."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Freeze:
+    """A worker that was stopped and went on as if nothing had been."""
+
+    worker_id: str
+    noticed_after_s: float
+    """From the stop until the router had given it up."""
+    back_after_s: float
+    """From its going on until it took requests again."""
+
+
 class Killer:
     """Kills one worker at a time; which and where is drawn from `random`."""
 
@@ -70,13 +81,39 @@ class Killer:
             time.sleep(self._random.uniform(0, 0.2))
             os.kill(victim.pid, signal.SIGKILL)
         killed_at = time.monotonic()
-        self._wait_until_back(victim, killed_at)
+        self._wait_for(
+            lambda worker: worker.worker_id == victim.worker_id and worker.pid != victim.pid,
+            victim.worker_id,
+            since=killed_at,
+        )
         return Kill(
             worker_id=victim.worker_id,
             role=role,
             place=place,
             killed_at=killed_at,
             back_after_s=time.monotonic() - killed_at,
+        )
+
+    def freeze(self, role: Role, seconds: float) -> Freeze:
+        """Stop a ready worker of this pool (SIGSTOP), let it go on later, and wait until it serves again."""
+        victim = self._random.choice([worker for worker in self._workers() if worker.role == role])
+        os.kill(victim.pid, signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        try:
+            while any(worker.pid == victim.pid for worker in self._workers()):
+                if time.monotonic() - stopped_at > seconds:
+                    raise NotBack(f"{victim.worker_id} was stopped for {seconds:.0f} s and nobody noticed")
+                time.sleep(POLL_S)
+            noticed_at = time.monotonic()
+            time.sleep(max(0.0, stopped_at + seconds - noticed_at))
+        finally:
+            os.kill(victim.pid, signal.SIGCONT)
+        resumed_at = time.monotonic()
+        self._wait_for(lambda worker: worker.pid == victim.pid, victim.worker_id, since=resumed_at)
+        return Freeze(
+            worker_id=victim.worker_id,
+            noticed_after_s=noticed_at - stopped_at,
+            back_after_s=time.monotonic() - resumed_at,
         )
 
     def _place(self, role: Role) -> str:
@@ -96,10 +133,10 @@ class Killer:
             time.sleep(POLL_S / 10)
         return True
 
-    def _wait_until_back(self, victim: pb.WorkerState, since: float) -> None:
-        while not any(worker.worker_id == victim.worker_id and worker.pid != victim.pid for worker in self._workers()):
+    def _wait_for(self, is_back: Callable[[pb.WorkerState], bool], name: str, *, since: float) -> None:
+        while not any(map(is_back, self._workers())):
             if time.monotonic() - since > READY_TIMEOUT_S:
-                raise NotBack(f"{victim.worker_id} is not back after {READY_TIMEOUT_S:.0f} s")
+                raise NotBack(f"{name} is not back after {READY_TIMEOUT_S:.0f} s")
             time.sleep(POLL_S)
 
     def _workers(self) -> Sequence[pb.WorkerState]:

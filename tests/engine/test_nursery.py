@@ -1,0 +1,86 @@
+"""A nursery forks one worker after another over the same model, and nothing outlives its host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny_models import FAMILIES, make
+
+from duopool.core.config import CacheConfig, HandoffConfig, InternalConfig, ModelConfig, WorkerConfig
+from duopool.core.types import Role
+from duopool.engine.nursed_process import NursedProcess, WorkerEnded, WorkerRaised
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make(FAMILIES["llama"](), dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def process_of(folder: Path, tmp_path: Path) -> NursedProcess:
+    credential = tmp_path / "credential"
+    credential.write_text("a credential of a test, long enough to pass\n")
+    credential.chmod(0o600)
+    config = WorkerConfig(
+        role=Role.DECODE,
+        worker_id="decode-0",
+        model=ModelConfig(model=str(folder), dtype="float32"),
+        cache=CacheConfig(num_blocks=16),
+        handoff=HandoffConfig(transport="grpc"),
+        internal=InternalConfig(credential_file=str(credential)),
+        num_threads=2,
+    )
+    return NursedProcess(config, "duopool.decode_worker.process")
+
+
+@pytest.fixture
+def nursed(folder: Path, tmp_path: Path) -> Iterator[NursedProcess]:
+    process = process_of(folder, tmp_path)
+    yield process
+    process.stop()
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_dead_worker_is_followed_by_another_incarnation(nursed: NursedProcess) -> None:
+    first = nursed.start()
+    nursed.check()
+    assert nursed.is_idle()
+    os.kill(first.pid, signal.SIGKILL)
+    until(lambda: not psutil.pid_exists(first.pid))
+    with pytest.raises(WorkerEnded):
+        nursed.is_idle()
+    second = nursed.start()
+    assert second.incarnation != first.incarnation
+    assert second.pid != first.pid
+    assert (second.model_digest, second.layout_digest) == (first.model_digest, first.layout_digest)
+    assert nursed.info() == second
+    nursed.check()
+
+
+def test_a_stopped_worker_does_not_outlive_its_host(folder: Path, tmp_path: Path) -> None:
+    process = process_of(folder, tmp_path)
+    info = process.start()
+    os.kill(info.pid, signal.SIGSTOP)
+    process.stop()
+    until(lambda: not psutil.pid_exists(info.pid))
+
+
+def test_a_model_that_cannot_be_served_is_told_to_the_host(tmp_path: Path) -> None:
+    process = process_of(tmp_path / "nothing", tmp_path)
+    with pytest.raises((WorkerRaised, WorkerEnded), match="nothing"):
+        process.start()
+    process.stop()
