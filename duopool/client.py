@@ -20,8 +20,10 @@ from duopool.proto.inference_pb2_grpc import InferenceStub
 from duopool.proto.status import StatusDetails, read_status
 
 StreamEvent = pb.Started | pb.TokenChunk | pb.Finished
-MAX_RESUMES = 5
+MAX_RESUMES = 8
+"""Attempts in a row that bring no token before a stream is given up: about 9 s, enough for a router to be back."""
 FIRST_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 2.0
 
 
 class CallFailed(Exception):
@@ -70,16 +72,20 @@ def generate_request(
     model: str = "",
     request_id: str = "",
     cache_salt: bytes = b"",
+    resume_from: Sequence[int] | None = None,
     **sampling: Any,
 ) -> pb.GenerateRequest:
     """A request from plain values: exactly one of `prompt`, `messages` (role and content) and `token_ids`.
 
+    `resume_from` are tokens that an earlier stream of the same request (and seed) gave: this one goes on behind them.
     `sampling` takes the fields of `SamplingParams` in the .proto file; None leaves a field out. Raises ValueError.
     """
     if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
         raise ValueError("give exactly one of prompt, messages and token_ids")
     params = pb.SamplingParams(**{name: value for name, value in sampling.items() if value is not None})
     request = pb.GenerateRequest(model=model, request_id=request_id, cache_salt=cache_salt, sampling=params)
+    if resume_from:
+        request.resume_from.CopyFrom(pb.TokenIds(ids=resume_from))
     if messages is not None:
         request.chat.CopyFrom(_chat(messages))
     elif token_ids is not None:
@@ -122,6 +128,8 @@ class Client:
                     yield from stream.take(response)
                 return
             except grpc.RpcError as error:
+                if stream.is_finished:
+                    return
                 time.sleep(stream.backoff_s(error))
             finally:
                 call.cancel()
@@ -178,6 +186,8 @@ class AsyncClient:
                         yield event
                 return
             except grpc.RpcError as error:
+                if stream.is_finished:
+                    return
                 await asyncio.sleep(stream.backoff_s(error))
             finally:
                 call.cancel()
@@ -211,6 +221,10 @@ class _Stream:
 
     def __init__(self, request: pb.GenerateRequest, timeout_s: float | None) -> None:
         self.num_attempts = 0
+        self.is_finished = False
+        """The caller has had the last event: whatever breaks now does not matter."""
+        self._num_idle_attempts = 0
+        """Attempts since the last token."""
         self._request = request
         self._token_ids: list[int] = list(request.resume_from.ids)
         self._started = False
@@ -219,6 +233,7 @@ class _Stream:
 
     def next_request(self) -> pb.GenerateRequest:
         self.num_attempts += 1
+        self._num_idle_attempts += 1
         if self._token_ids:
             self._request.resume_from.CopyFrom(pb.TokenIds(ids=self._token_ids))
         return self._request
@@ -235,18 +250,20 @@ class _Stream:
                     self._started = True
                     yield response.started
             case "tokens":
+                self._num_idle_attempts = 1
                 self._token_ids += response.tokens.token_ids
                 yield response.tokens
             case "finished":
+                self.is_finished = True
                 yield response.finished
 
     def backoff_s(self, error: grpc.RpcError) -> float:
         """How long to wait before the next attempt; raises what the caller must see if there is none."""
         failure = failure_of(error)
         may_go_on = self._can_resume or not self._started
-        if not isinstance(failure, ServerUnavailable) or not may_go_on or self.num_attempts > MAX_RESUMES:
+        if not isinstance(failure, ServerUnavailable) or not may_go_on or self._num_idle_attempts > MAX_RESUMES:
             raise failure from error
-        return FIRST_BACKOFF_S * 2.0 ** (self.num_attempts - 1)
+        return min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (self._num_idle_attempts - 1))
 
 
 def failure_of(error: grpc.RpcError) -> CallFailed:

@@ -67,7 +67,7 @@ class HandoffConfig(_Config):
     """`nixl` where it imports, else `grpc`."""
     heartbeat_s: float = Field(default=0.5, gt=0)
     lease_ttl_s: float = Field(default=5.0, gt=0)
-    orphan_ttl_s: float = Field(default=2.0, gt=0)
+    orphan_ttl_s: float = Field(default=1.7, gt=0)
     """A worker stops the requests of a router that it has not heard from for this long."""
     progress_watchdog_s: float = Field(default=1.8, gt=0)
     """A worker that says nothing for this long is given up: noticed within 2 s, whenever it fell silent."""

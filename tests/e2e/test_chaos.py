@@ -19,13 +19,14 @@ import pytest
 from calls import has_workers, is_at_rest, state, wait_for
 from remains import Remains
 
-from duopool.client import AsyncClient, Client
+from duopool.client import AsyncClient, Client, generate_request
 from duopool.cluster.chaos.command import chaos_config, run
 from duopool.cluster.chaos.requests import FIRST_TOKEN, LAST_TOKEN
 from duopool.cluster.system import System
 from duopool.core.config import HandoffConfig
 from duopool.core.types import Role
 from duopool.engine.failpoints import FOLDER_VARIABLE
+from duopool.proto import inference_pb2_grpc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -104,9 +105,21 @@ def test_requests_of_a_killed_router_stop_on_every_worker(system: System) -> Non
     until(lambda: answers(system.addresses[0]))
     wait_for(system.addresses[0], has_workers(EVERYONE))
     killed = kill_first_router(system)
-    with pytest.raises(Exception, match="unavailable"):
-        asyncio.run(complete(system.addresses[:1], [prompt_of(9)] * 4, when_halfway=killed, max_tokens=2000, tries=1))
-    died_at = time.monotonic()
+    with grpc.insecure_channel(system.addresses[0]) as channel:
+        streams = [
+            inference_pb2_grpc.InferenceStub(channel).Generate(
+                generate_request(token_ids=prompt_of(9), max_tokens=1500, temperature=0, ignore_eos=True, seed=at)
+            )
+            for at in range(4)
+        ]
+        for stream in streams:
+            for _ in range(5):
+                next(stream)
+        killed()
+        died_at = time.monotonic()
+        for stream in streams:
+            with pytest.raises(grpc.RpcError):
+                list(stream)
     wait_for(system.addresses[1], is_at_rest)
     assert time.monotonic() - died_at < HandoffConfig().orphan_ttl_s + SLACK_S
 
@@ -123,7 +136,6 @@ async def complete(
     max_tokens: int = 48,
     resume_from: list[int] | None = None,
     when_halfway: Callable[[], None] = lambda: None,
-    tries: int | None = None,
 ) -> list[list[int]]:
     """Tokens of each prompt through the client library, greedy and sampled in turn."""
     seen = [0]
@@ -141,7 +153,7 @@ async def complete(
                 when_halfway()
         return tokens
 
-    async with AsyncClient(addresses, **({} if tries is None else {"max_resumes": tries - 1})) as client:
+    async with AsyncClient(addresses) as client:
         return list(await asyncio.gather(*(one(client, at, prompt) for at, prompt in enumerate(prompts))))
 
 
