@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
+from heapq import heapify, heappop
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from duopool.core.errors import Overloaded
-from duopool.router.waiting_room import WaitingRoom
+from duopool.router.waiting_room import Place, WaitingRoom
 
 
 class Clock:
@@ -120,3 +124,36 @@ def test_in_the_end_the_room_is_empty(requests: list[tuple[int, str]]) -> None:
                 getattr(place, what)()
         assert room.num_tokens == sum(tokens for tokens, what in requests if what == "nothing")
     assert room.num_tokens == 0
+
+
+@pytest.mark.parametrize("load", [0.5, 1.5, 3.0, 10.0])
+def test_at_any_load_what_is_accepted_finishes_in_time(load: float) -> None:
+    """One worker prefills a prompt a second, in order; each then decodes for 3 s. Everybody has 12 s."""
+    room, clock = room_of(max_num_tokens=10**6)
+    random, begin, seconds = Random(1), clock.now, 400
+    events = [(begin, 0, "arrival", Place(room, 0), 0.0)]
+    queue: list[tuple[Place, float]] = []
+    num_accepted = num_good = num_events = 0
+    is_idle = True
+    with ExitStack() as calls:
+        while events[0][0] < begin + seconds:
+            clock.now, _, what, place, due_at = heappop(events)
+            if what == "arrival":
+                events.append((clock.now + random.expovariate(load), (num_events := num_events + 1), what, place, 0.0))
+                with suppress(Overloaded):
+                    queue.append((*calls.enter_context(room.enter([100], time_left_s=12.0)), clock.now + 12.0))
+                    num_accepted += 1
+            elif what == "prefilled":
+                is_idle = True
+                place.decodes()
+                events.append((clock.now + 3.0, (num_events := num_events + 1), "end", place, due_at))
+            else:
+                place.finish()
+                num_good += clock.now <= due_at
+            if queue and is_idle:
+                is_idle = False
+                events.append((clock.now + 1.0, (num_events := num_events + 1), "prefilled", *queue.pop(0)))
+            heapify(events)
+    num_under_way = len(queue) + len(events) - 1
+    assert num_good >= 0.9 * seconds * min(1.0, load)
+    assert num_accepted - num_good - num_under_way <= 0.02 * num_accepted, "late"
