@@ -19,7 +19,7 @@ SEEDS ?= 1000
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup reference demo test test-fast check chaos aborts overload simulate simulate-bugs model-check bench proto format clean
+.PHONY: help setup reference demo test test-fast check chaos aborts overload simulate simulate-bugs model-check bench bench-drain proto format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -56,6 +56,9 @@ model-check: $(STAMP) ## Every state of the handoff around a request, with any t
 
 bench: $(STAMP) ## All workloads on this machine; results in benchmarks/results.json
 	@$(BIN)/duopool bench all --output benchmarks/results.json
+
+bench-drain: $(STAMP) ## Decode workers taken away under streams: nothing lost or changed, and how long each stood still
+	@$(BIN)/python benchmarks/drain.py
 
 aborts: $(STAMP) ## 10,000 requests aborted at random phases, audits find nothing left; how long a cancel takes
 	@$(BIN)/python benchmarks/aborts.py --requests 10000 --router-kills 10

@@ -168,7 +168,7 @@ def _leases(ledger: WorkerLedger) -> Iterator[tuple[str, str]]:
         name = f"lease {lease.lease_id:x} of {_name(holder)}"
         if lease.is_revoked == holder.is_alive:
             yield name, "is revoked" if lease.is_revoked else "outlives its request"
-        if lease.attempt != holder.attempt:
+        if lease.attempt != (holder.moves_to or holder.attempt):
             yield name, f"is bound to attempt {lease.attempt}"
         foreign = set(lease.blocks) - set(ledger.blocks.tables.get(holder.table, ()))
         if foreign:

@@ -48,7 +48,7 @@ class BlockLedger(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LeaseEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One lease of a prefill worker."""
+    """One lease on a request's blocks."""
 
     lease_id: LeaseId
     attempt: int
@@ -73,6 +73,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     num_reads: int = 0
     """Reads under way that touch the table."""
     lease: LeaseEntry | None = None
+    moves_to: int = 0
+    """Attempt that takes the request over while it decodes here, if one does: its lease is that attempt's."""
 
     @property
     def is_alive(self) -> bool:

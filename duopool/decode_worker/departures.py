@@ -189,6 +189,11 @@ class Departures:
         leaving = self._leaving.get(request.request_id)
         return leaving is not None and leaving.departure.phase is DeparturePhase.PARKED
 
+    def lease_of(self, request: DecodeRequest) -> Lease | None:
+        """The lease that stands on the request's blocks because it leaves."""
+        leaving = self._leaving.get(request.request_id)
+        return leaving.lease if leaving is not None and leaving.request is request else None
+
     # ---- the KV source's questions -------------------------------------------------------------------------------
 
     def begin_read(self, read: ReadBlocks, *, now: float) -> str:

@@ -47,9 +47,9 @@ from duopool.core.messages import (
 from duopool.core.step import Runner, StepPlan, StepResult
 from duopool.core.types import BlockId, LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId
+from duopool.decode_worker.batch import Batch
 from duopool.decode_worker.decode_request import DecodePhase, DecodeRequest, table_name
 from duopool.decode_worker.departures import Departures
-from duopool.decode_worker.emitter import Emitter
 from duopool.decode_worker.handoff import Answer, Handoffs, Outcome
 from duopool.decode_worker.holder import holder
 from duopool.decode_worker.scheduler import DecodeScheduler
@@ -98,12 +98,10 @@ class DecodeWorker:
             surroundings=surroundings,
             ttl_s=config.handoff.lease_ttl_s,
         )
-        self._emitter = Emitter(model, manager, self._outbox, max_tokens=self._max_tokens)
-        self._in_step: list[DecodeRequest] = []
+        self._batch = Batch(
+            self._scheduler, model=model, manager=manager, outbox=self._outbox, max_tokens=self._max_tokens
+        )
         self._num_arrived = 0
-        self._num_steps = 0
-        self._num_computed_tokens = 0
-        self._step_s = 0.0
         self._lock = threading.Lock()
 
     # ---- Worker --------------------------------------------------------------------------------------------------
@@ -148,8 +146,8 @@ class DecodeWorker:
     def step(self, *, now: float) -> bool:
         with self._changing():
             self._admit()
-            plan = self._schedule()
-            listings = self._departures.plan(self._in_step)
+            plan = self._batch.plan()
+            listings = self._departures.plan(self._batch.requests)
         if plan.is_empty:
             return False
         try:
@@ -190,7 +188,7 @@ class DecodeWorker:
     @property
     def is_idle(self) -> bool:
         with self._lock:
-            is_busy = self._requests or self._scheduler.pulling or self._in_step or self._departures
+            is_busy = self._requests or self._scheduler.pulling or self._batch.requests or self._departures
             return not is_busy
 
     def drain(self) -> None:
@@ -390,35 +388,18 @@ class DecodeWorker:
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
-    def _schedule(self) -> StepPlan:
-        plan = self._scheduler.schedule()
-        by_table = {request.table: request for request in self._scheduler.running}
-        self._in_step = [by_table[chunk.request_id] for chunk in plan.chunks]
-        for request in self._in_step:
-            request.is_in_step = True
-        return plan
-
     def _commit(self, plan: StepPlan, result: StepResult, *, started_at: float) -> None:
         now = self._clock()
-        requests, self._in_step = self._in_step, []
-        self._num_steps += 1
-        self._num_computed_tokens += plan.num_tokens
-        self._step_s = now - started_at
-        for request, chunk in zip(requests, plan.chunks, strict=True):
-            request.is_in_step = False
-            has_all_tokens = self._emitter.take(request, chunk, result)
-            if request.phase is DecodePhase.ENDED:
-                self._manager.free(request.table)
-            elif has_all_tokens:
-                reach(Failpoint.FINISHING)
-                self._end(request, now=now)
+        for request in self._batch.commit(plan, result, step_s=now - started_at):
+            reach(Failpoint.FINISHING)
+            self._end(request, now=now)
         self._outbox.say_kv_changes(self._manager)
         self._outbox.say_load(self._load())
 
     def _blame(self, error: Exception) -> None:
         """The engine failed. A request that was alone in the step is told that it was the cause."""
-        if len(self._in_step) == 1:
-            request = self._in_step[0]
+        if len(self._batch.requests) == 1:
+            request = self._batch.requests[0]
             self._outbox.refuse(request.session, request.request_id, request.attempt, NackReason.INTERNAL, str(error))
 
     # ---- ends ----------------------------------------------------------------------------------------------------
@@ -467,8 +448,8 @@ class DecodeWorker:
             assert 0 < request.num_missing_tokens <= request.num_tokens
 
     def _ledger(self, asker: SessionId, *, now: float) -> WorkerLedger:
-        holders = unique((*self._requests.values(), *self._scheduler.pulling, *self._in_step))
-        entries = tuple(holder(request, self._outbox, asker=asker, now=now) for request in holders)
+        holders = unique((*self._requests.values(), *self._scheduler.pulling, *self._batch.requests))
+        entries = tuple(holder(request, self._departures, self._outbox, asker=asker, now=now) for request in holders)
         return make_ledger(self._manager, entries, check=self._check)
 
     # ---- reports -------------------------------------------------------------------------------------------------
@@ -481,10 +462,10 @@ class DecodeWorker:
             num_blocks=self._manager.num_blocks,
             num_free_blocks=self._manager.num_free,
             num_cached_blocks=self._manager.num_cached,
-            num_steps=self._num_steps,
-            num_computed_tokens=self._num_computed_tokens,
+            num_steps=self._batch.num_steps,
+            num_computed_tokens=self._batch.num_computed_tokens,
             num_pulled_blocks=self._handoffs.num_pulled_blocks,
             num_preemptions=self._scheduler.num_preemptions,
             num_leases=len(self._departures),
-            step_s=self._step_s,
+            step_s=self._batch.step_s,
         )

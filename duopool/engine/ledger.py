@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from duopool.core.handoff.lease import Lease
 from duopool.core.kv_manager import KVCacheManager
-from duopool.core.ledger import Holder, WorkerLedger
+from duopool.core.ledger import Holder, LeaseEntry, WorkerLedger
 
 Request = TypeVar("Request")
 
@@ -14,6 +15,16 @@ Request = TypeVar("Request")
 def unique(requests: Iterable[Request]) -> list[Request]:
     """Each request once: one may be ended, in a step and read from at the same time."""
     return list({id(request): request for request in requests}.values())
+
+
+def lease_entry(lease: Lease) -> LeaseEntry:
+    return LeaseEntry(
+        lease_id=lease.lease_id,
+        attempt=lease.attempt,
+        blocks=tuple(sealed.block_id for sealed in lease.blocks),
+        num_readers=lease.num_readers,
+        is_revoked=lease.revoked,
+    )
 
 
 def make_ledger(manager: KVCacheManager, holders: tuple[Holder, ...], *, check: Callable[[], None]) -> WorkerLedger:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from duopool.core.ledger import Holder, LeaseEntry
+from duopool.core.ledger import Holder
 from duopool.core.worker import SessionId
+from duopool.engine.ledger import lease_entry
 from duopool.engine.outbox import Outbox
 from duopool.prefill_worker.prefill_request import PrefillRequest
 
@@ -19,13 +20,5 @@ def holder(request: PrefillRequest, outbox: Outbox, *, asker: SessionId, now: fl
         silent_s=outbox.silent_s(request.session, now=now),
         is_in_step=request.is_in_step,
         num_reads=0 if lease is None else lease.num_readers,
-        lease=None
-        if lease is None
-        else LeaseEntry(
-            lease_id=lease.lease_id,
-            attempt=lease.attempt,
-            blocks=tuple(sealed.block_id for sealed in lease.blocks),
-            num_readers=lease.num_readers,
-            is_revoked=lease.revoked,
-        ),
+        lease=None if lease is None else lease_entry(lease),
     )

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from duopool.core.handoff.request import Member
 from duopool.core.messages import WorkerInfo
-from duopool.core.types import RequestId, Role
-from duopool.router.pools import Life, Pools
+from duopool.core.types import Role
+from duopool.router.pools import Pools
 
 LOOK_S = 0.02
 """Time between two looks at workers that drain."""
@@ -29,21 +27,14 @@ FALLBACK_SHARE = 0.75
 """Share of a drain's time after which nobody is moved any more: all that are left leave by their tokens."""
 
 
-@dataclass(slots=True, kw_only=True)
-class _Drain:
-    """One worker that is to be empty."""
-
-    began_at: float
-    tries: Counter[RequestId] = field(default_factory=Counter)
-
-
 class Evacuation:
     """`run` for as long as the router; `wake` whenever the membership may have changed."""
 
     def __init__(self, pools: Pools, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._pools = pools
         self._clock = clock
-        self._drains: dict[Member, _Drain] = {}
+        self._drains: dict[Member, float] = {}
+        """Workers that are to be empty, and since when."""
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -61,25 +52,19 @@ class Evacuation:
         """Let requests leave as they can; False if no worker drains."""
         pools, now = self._pools, self._clock()
         draining = {pools.member_of(info): info for info in pools.draining(Role.DECODE)}
-        self._drains = {member: self._drains.get(member, _Drain(began_at=now)) for member in draining}
+        self._drains = {member: self._drains.get(member, now) for member in draining}
         if pools.num_ready(Role.DECODE):
             for member, info in draining.items():
-                self._lead_out(member, info, self._drains[member], now)
+                self._lead_out(member, info, now)
         return bool(draining)
 
-    def _lead_out(self, member: Member, info: WorkerInfo, drain: _Drain, now: float) -> None:
+    def _lead_out(self, member: Member, info: WorkerInfo, now: float) -> None:
         lives = [life for life in self._pools.lives if life.decodes_on(member)]
-        is_late = bool(info.drain_s) and now - drain.began_at >= FALLBACK_SHARE * info.drain_s
+        is_late = bool(info.drain_s) and now - self._drains[member] >= FALLBACK_SHARE * info.drain_s
         num_free = MAX_MOVING - sum(life.is_moving for life in lives)
         for life in lives:
-            if is_late or (not life.is_moving and drain.tries[life.request_id] >= MAX_TRIES):
+            if is_late or (not life.is_moving and life.num_failed_moves >= MAX_TRIES):
                 life.evict(member)
             elif num_free > 0 and not life.is_moving:
-                num_free -= self._move(life, drain)
-
-    @staticmethod
-    def _move(life: Life, drain: _Drain) -> bool:
-        """Try to get the request going; False if nobody can take it now."""
-        life.move()
-        drain.tries[life.request_id] += life.is_moving
-        return life.is_moving
+                life.move()
+                num_free -= life.is_moving

@@ -70,6 +70,9 @@ class Life(Protocol):
         """Whether it is just going over from one decode worker to another."""
         ...
 
+    num_failed_moves: int
+    """How often that ended with a fault; a target that was busy is none."""
+
     def move(self) -> None:
         """Go over to another decode worker without a pause, if one can take it."""
         ...

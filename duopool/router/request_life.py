@@ -118,6 +118,7 @@ class RequestLife:
             clock=clock,
         )
         self._search = RouteSearch(pools, wait_s=origin.route_wait_s, retry=self.try_route, give_up=self._give_up)
+        self.num_failed_moves = 0
         self._wanted: NeedRoute | None = None
         self._error: DuopoolError | None = None
 
@@ -152,6 +153,8 @@ class RequestLife:
             self._note(member, message)
         elif isinstance(message, Nack):
             self._search.refused(member, message, now=self._clock())
+            is_fault = message.reason not in (NackReason.BUSY, NackReason.DRAINING)
+            self.num_failed_moves += self.is_moving and is_fault
         self._feed(Heard(member, message))
 
     def lose(self, member: Member) -> None:

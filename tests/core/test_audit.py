@@ -108,3 +108,23 @@ def test_at_rest_everything_held_is_named() -> None:
         "prefill-0: request c/1 is waiting although all is over",
         "prefill-0: blocks 2 free + 2 cached are not 8",
     ]
+
+
+def test_a_shadow_is_known_to_its_router_and_its_source_leases_for_it() -> None:
+    other = Member(WorkerId("decode-1"), Incarnation(3))
+    moving = RequestEntry(attempt=1, phase=Phase.MIGRATING, prefill=P, decode=D, shadow=(other, 2))
+    source = WorkerLedger(
+        blocks=replace(
+            BLOCKS, tables={A.table: BLOCKS.tables[A.table]}, pins={BlockId(0): 1, BlockId(4): 1, BlockId(5): 1}
+        ),
+        holders=(replace(A, phase="running", lease=replace(LEASE, attempt=2), moves_to=2),),
+    )
+    view = {RequestId("a"): moving}
+    assert audit(source, before=view, after=view, member=D) == []
+    astray = replace(source, holders=(replace(source.holders[0], moves_to=3),))
+    assert audit(astray, before=view, after=view, member=D) == [
+        "decode-0: lease 4d of request a/1 is bound to attempt 2"
+    ]
+    target = replace(source, holders=(replace(A, attempt=2, phase="pulling", lease=None),))
+    assert audit(target, before=view, after=view, member=other) == []
+    assert audit(target, before=view, after=view, member=D)[0].endswith("its router is only at attempt 1")

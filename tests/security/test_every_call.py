@@ -67,6 +67,7 @@ ROUTER_INTERNAL = {
     "/duopool.v1.Admin/ClusterState": pb.ClusterStateRequest(),
     "/duopool.v1.Admin/Scale": pb.ScaleRequest(pools={"prefill": 1}),
     "/duopool.v1.Admin/Drain": pb.DrainRequest(worker_id="nobody"),
+    "/duopool.v1.Admin/Restart": pb.RestartRequest(),
     "/duopool.v1.Admin/Audit": pb.AuditRequest(),
     "/duopool.internal.v1.Control/Attach": control_pb2.ClusterUpdate(),
 }
@@ -139,6 +140,7 @@ SERVED_AS = {
     # What a call that is let in answers here, where nobody supervises and no lease exists.
     "/duopool.v1.Admin/Scale": CODE.UNAVAILABLE,
     "/duopool.v1.Admin/Drain": CODE.NOT_FOUND,
+    "/duopool.v1.Admin/Restart": CODE.UNAVAILABLE,
     codec.READ_METHOD: CODE.FAILED_PRECONDITION,
 }
 
