@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -200,3 +204,21 @@ def test_the_rest_of_the_interface_answers(client: OpenAI, system: System) -> No
         assert plain.get("/version").json()["version"]
         assert b"duopool:time_to_first_token_seconds_count" in plain.get("/metrics").content
         assert "/v1/chat/completions" in plain.get("/openapi.json").json()["paths"]
+
+
+@pytest.mark.parametrize("example", ["openai_stream.py", "structured.py", "many_at_once.py"])
+def test_the_examples_of_the_documentation_run(example: str, system: System) -> None:
+    root = Path(__file__).resolve().parents[2]
+    address = system.address if example == "many_at_once.py" else f"{system.http_url}/v1"
+    path = os.pathsep.join(part for part in (str(root), os.environ.get("PYTHONPATH", "")) if part)
+    ran = subprocess.run(
+        [sys.executable, root / "docs" / "examples" / example, address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=root / "docs",
+    )
+    assert ran.returncode == 0, ran.stderr
+    said = {"openai_stream.py": "generated", "structured.py": "'is_capital'", "many_at_once.py": "transfer"}
+    assert said[example] in ran.stdout
