@@ -15,11 +15,13 @@ KILLS ?= 10
 SEED ?= 0
 # How many histories `make simulate` runs, and in how many each planted bug must be found.
 SEEDS ?= 1000
+# How many wrong calls `make fuzz` makes.
+CASES ?= 20000
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup reference demo test test-fast check chaos aborts overload simulate simulate-bugs model-check bench bench-drain proto format clean
+.PHONY: help setup reference demo test test-fast check chaos aborts fuzz overload simulate simulate-bugs model-check bench bench-drain proto format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -59,6 +61,9 @@ bench: $(STAMP) ## All workloads on this machine; results in benchmarks/results.
 
 bench-drain: $(STAMP) ## Decode workers taken away under streams: nothing lost or changed, and how long each stood still
 	@$(BIN)/python benchmarks/drain.py
+
+fuzz: $(STAMP) ## CASES=20000 wrong calls on every wire of a running system, beside streams that must not notice
+	@$(BIN)/python -m tests.fuzz --cases $(CASES)
 
 aborts: $(STAMP) ## 10,000 requests aborted at random phases, audits find nothing left; how long a cancel takes
 	@$(BIN)/python benchmarks/aborts.py --requests 10000 --router-kills 10

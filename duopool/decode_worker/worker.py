@@ -245,7 +245,7 @@ class DecodeWorker:
             if known is not None:
                 self._end(known, now=now)
             refusal = self._arrivals.refusal(
-                request.token_ids,
+                request,
                 num_tokens_in_pool=self._max_tokens - 1,
                 num_tokens_ahead=1,
                 num_waiting=len(self._scheduler.waiting),
@@ -280,6 +280,10 @@ class DecodeWorker:
             self._never_reserved(message, session, now=now)
             return
         if request.slot is None or request.attempt != message.attempt:
+            return
+        told = (*message.output, *(() if message.first_token is None else message.first_token.token_ids))
+        if message.first_block < 0 or not self._model.knows(told) or (message.first_token is not None and not told):
+            self._nack(request, NackReason.INTERNAL, "a block or a token that cannot be")
             return
         num_listed = message.first_block + len(message.blocks)
         num_wanted = self._manager.blocks_for(len(request.request.token_ids) + len(message.output))

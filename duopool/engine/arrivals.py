@@ -6,12 +6,11 @@ answers, are the worker's. Not thread-safe; the worker's lock covers it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import Enum, auto
 
 from duopool.core.config import HandoffConfig, SchedulerConfig
 from duopool.core.handoff.tombstones import Tombstones
-from duopool.core.messages import NackReason
+from duopool.core.messages import GenerationRequest, NackReason
 from duopool.core.types import RequestId
 from duopool.engine.served_model import Refusal, ServedModel
 
@@ -62,7 +61,7 @@ class Arrivals:
 
     def refusal(
         self,
-        token_ids: Sequence[int],
+        request: GenerationRequest,
         *,
         num_tokens_in_pool: int,
         num_tokens_ahead: int,
@@ -73,7 +72,7 @@ class Arrivals:
 
         `num_pending_tokens` are still to be prefilled, of all requests that are here.
         """
-        never = self._model.refusal(token_ids, num_tokens_in_pool=num_tokens_in_pool, num_tokens_ahead=num_tokens_ahead)
+        never = self._model.refusal(request, num_tokens_in_pool=num_tokens_in_pool, num_tokens_ahead=num_tokens_ahead)
         if never is not None:
             return never
         if self._is_draining:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from duopool.core.messages import NackReason
+from duopool.core.errors import InvalidRequest
+from duopool.core.messages import GenerationRequest, NackReason
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.types import FinishReason
 
@@ -39,12 +40,25 @@ class ServedModel:
     """Longest sequence in tokens: prompt and output together."""
     eos_token_ids: frozenset[int] = frozenset()
 
-    def refusal(self, token_ids: Sequence[int], *, num_tokens_in_pool: int, num_tokens_ahead: int) -> Refusal | None:
-        """Judge a prefix that needs room for itself and `num_tokens_ahead` more tokens; None if it can run."""
+    def knows(self, token_ids: Sequence[int]) -> bool:
+        """Whether all ids are in the vocabulary; one that is not would take the engine down."""
+        return not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size)
+
+    def refusal(self, request: GenerationRequest, *, num_tokens_in_pool: int, num_tokens_ahead: int) -> Refusal | None:
+        """Judge a request whose prefix needs room for itself and `num_tokens_ahead` more tokens; None if it can run.
+
+        The router has checked all of this: what is wrong here comes from a router that is itself at fault, and must
+        not take the worker with it.
+        """
+        token_ids, params = request.token_ids, request.params
         if not token_ids:
             return Refusal(NackReason.INTERNAL, "the prompt is empty")
-        if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
+        if not self.knows((*token_ids, *params.stop_token_ids, *(token_id for token_id, _ in params.logit_bias))):
             return Refusal(NackReason.INTERNAL, f"a token id is outside the vocabulary of {self.vocab_size}")
+        try:
+            params.check()
+        except InvalidRequest as error:
+            return Refusal(NackReason.INTERNAL, str(error))
         if len(token_ids) >= self.max_model_len:
             detail = f"{len(token_ids)} tokens leave no room in a context of {self.max_model_len}"
             return Refusal(NackReason.TOO_LARGE, detail)

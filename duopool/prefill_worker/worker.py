@@ -225,7 +225,7 @@ class PrefillWorker:
             if known is not None:
                 self._end(known, now=now)
             refusal = self._arrivals.refusal(
-                request.token_ids,
+                request,
                 num_tokens_in_pool=self._manager.num_blocks * self._manager.block_size,
                 num_tokens_ahead=0,
                 num_waiting=len(self._scheduler.waiting),

@@ -1,11 +1,14 @@
 """The internal wire: messages of `core/messages.py` as msgpack, checked against their types on arrival.
 
 Owns the names of the internal methods too. The public wire (protobuf) is translated in `public_codec.py`. A message
-that does not fit its type raises `msgspec.ValidationError`; gRPC answers such a call with INTERNAL and nothing reaches
-a worker.
+that does not fit its type raises `msgspec.DecodeError`; the call is answered INVALID_ARGUMENT and nothing reaches a
+worker.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -34,11 +37,27 @@ INTERNAL_CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
+T = TypeVar("T")
+
+
+def decoder(kind: type[T]) -> Callable[[bytes], T]:
+    """Reads messages of one type; raises msgspec.DecodeError for everything that is none."""
+    decode = msgspec.msgpack.Decoder(kind).decode
+
+    def checked(data: bytes) -> T:
+        try:
+            return decode(data)
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise msgspec.DecodeError(str(error)) from error
+
+    return checked
+
+
 encode = msgspec.msgpack.Encoder().encode
-decode_commands = msgspec.msgpack.Decoder(CommandBatch).decode
-decode_report = msgspec.msgpack.Decoder(StepReport).decode
-decode_describe = msgspec.msgpack.Decoder(DescribeSource).decode
-decode_description = msgspec.msgpack.Decoder(SourceDescription).decode
-decode_read = msgspec.msgpack.Decoder(ReadBlocks).decode
-decode_validate = msgspec.msgpack.Decoder(Validate).decode
-decode_verdict = msgspec.msgpack.Decoder(Verdict).decode
+decode_commands = decoder(CommandBatch)
+decode_report = decoder(StepReport)
+decode_describe = decoder(DescribeSource)
+decode_description = decoder(SourceDescription)
+decode_read = decoder(ReadBlocks)
+decode_validate = decoder(Validate)
+decode_verdict = decoder(Verdict)

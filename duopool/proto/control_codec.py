@@ -7,9 +7,10 @@ import msgspec
 from duopool.core.errors import DuopoolError, InvalidRequest, Unavailable, WorkerNotFound
 from duopool.core.messages import WorkerInfo
 from duopool.proto import control_pb2
+from duopool.proto.codec import decoder
 from duopool.proto.status import reason_of
 
-_decode_info = msgspec.msgpack.Decoder(WorkerInfo).decode
+_decode_info = decoder(WorkerInfo)
 
 
 def read_members(update: control_pb2.ClusterUpdate) -> list[WorkerInfo]:

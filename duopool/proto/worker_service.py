@@ -151,7 +151,10 @@ class WorkerService:
             while events := await mailbox.take():
                 await context.write(codec.encode(StepReport(events=events)))
             if commands.done() and not commands.cancelled() and (error := commands.exception()) is not None:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                if isinstance(error, msgspec.DecodeError):
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                log.error("a command failed in a way that nobody planned for", exc_info=error)
+                await context.abort(grpc.StatusCode.INTERNAL, "internal error; the worker's log has more")
         finally:
             commands.cancel()
             del self._mailboxes[session]

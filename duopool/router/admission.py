@@ -92,10 +92,18 @@ def check_text(field: str, num_chars: int, limits: Limits, *, max_token_chars: i
 
 
 def check_token_ids(field: str, token_ids: Sequence[int], limits: Limits) -> None:
-    largest = max(token_ids, default=0)
+    smallest, largest = min(token_ids, default=0), max(token_ids, default=0)
     if largest >= limits.vocab_size:
         place = token_ids.index(largest)
         raise InvalidRequest(f"{field}[{place}]", f"must be below {limits.vocab_size}, got {largest}")
+    if smallest < 0:
+        raise InvalidRequest(f"{field}[{token_ids.index(smallest)}]", f"must not be negative, got {smallest}")
+
+
+def check_count(field: str, count: int, limits: Limits) -> None:
+    """Refuse more parts, each of which is at least a token, than the model takes, before the work on them."""
+    if count > limits.max_model_len:
+        raise PromptTooLong(field, f"has {count} entries, the model takes {limits.max_model_len} tokens")
 
 
 def check_length(field: str, num_prompt_tokens: int, params: SamplingParams, limits: Limits) -> None:

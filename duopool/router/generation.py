@@ -123,6 +123,7 @@ class Generation:
                 admission.check_text(prompt.field, len(text), limits, max_token_chars=most)
                 return tuple(await self._off_loop(lambda: tokenizer.encode(text, add_special_tokens=special)))
             case ChatPrompt():
+                admission.check_count(prompt.field, len(prompt.messages), limits)
                 admission.check_text(prompt.field, prompt.num_chars, limits, max_token_chars=most)
                 return tuple(
                     await self._off_loop(
@@ -131,7 +132,9 @@ class Generation:
                 )
 
     async def decode(self, token_ids: Sequence[int], *, field: str) -> str:
-        admission.check_token_ids(field, token_ids, self.limits())
+        limits = self.limits()
+        admission.check_count(field, len(token_ids), limits)
+        admission.check_token_ids(field, token_ids, limits)
         return await self._off_loop(self.tokenizer.decode, token_ids)
 
     def check_model(self, name: str) -> None:

@@ -1,0 +1,143 @@
+"""`python -m tests.fuzz --cases 20000`: wrong input on every wire, beside streams that must not notice.
+
+Exit status 0 if no process ended, no call took longer than `--hang-s`, none was answered INTERNAL or UNKNOWN, the
+neighbours' streams stayed the same token for token, and audits and the workers' own checks found nothing in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from duopool.client import CallFailed, Client
+from duopool.proto import inference_pb2 as pb
+
+from .cases import Cases, Outcome
+from .target import Target
+from .tiny import make_tiny_model
+
+NUM_THREADS = 6
+MAX_SHOWN = 12
+STREAM_TIMEOUT_S = 60.0
+WRONG = ("INTERNAL", "UNKNOWN")
+
+
+@dataclass(slots=True)
+class Report:
+    """What came of it."""
+
+    codes: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    num_hangs: int = 0
+    slowest_s: float = 0.0
+    num_streams: int = 0
+    changed: list[str] = field(default_factory=list)
+    exits: int = 0
+    remains: list[str] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        return not (self.wrong or self.num_hangs or self.changed or self.exits or self.remains)
+
+    def __str__(self) -> str:
+        num_wrong = sum(self.codes[code] for code in WRONG)
+        lines = [
+            f"{sum(self.codes.values())} cases: {self.exits} processes ended, {self.num_hangs} hangs (slowest case "
+            f"{self.slowest_s:.2f} s), {num_wrong} answered {' or '.join(WRONG)}; {self.num_streams} neighbours' "
+            f"streams, {len(self.changed)} changed; {len(self.remains)} things left behind",
+            "codes: " + ", ".join(f"{code} {count}" for code, count in self.codes.most_common()),
+            "kinds: " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.kinds.items())),
+        ]
+        return "\n".join([*lines, *self.wrong[:MAX_SHOWN], *self.changed[:MAX_SHOWN], *self.remains[:MAX_SHOWN]])
+
+
+def fuzz(num_cases: int, seed: int, *, hang_s: float, model: Path) -> Report:
+    """Run the cases; the same seed draws the same cases, in `NUM_THREADS` streams of them."""
+    report, lock, is_over = Report(), threading.Lock(), threading.Event()
+
+    def take(outcome: Outcome, seconds: float, name: str) -> None:
+        with lock:
+            report.codes[outcome.code] += 1
+            report.kinds[outcome.kind.split(" ")[0]] += 1
+            report.slowest_s = max(report.slowest_s, seconds)
+            if outcome.code == "HANG" or seconds > hang_s:
+                report.num_hangs += 1
+                report.wrong.append(f"{name} {outcome.kind}: {outcome.code} after {seconds:.2f} s")
+            elif outcome.code in WRONG:
+                report.wrong.append(f"{name} {outcome.kind}: {outcome.code} {outcome.detail}")
+
+    def attack(thread: int) -> None:
+        cases = Cases(target, Random(f"{seed} {thread}"))
+        try:
+            for number in range(thread, num_cases, NUM_THREADS):
+                began = time.monotonic()
+                try:
+                    outcome = cases.run()
+                except Exception as error:  # a mistake of the fuzzer's is a finding too
+                    outcome = Outcome("fuzzer", "UNKNOWN", repr(error))
+                take(outcome, time.monotonic() - began, f"seed {seed} case {number}")
+                if target.exits:
+                    return
+        finally:
+            cases.close()
+
+    def stream(client: Client, at: int) -> list[int]:
+        sampled = {"temperature": 0.8, "seed": at} if at % 2 else {"temperature": 0.0}
+        asked = {"token_ids": range(40 + at, 80 + at), "max_tokens": 40, "ignore_eos": True, **sampled}
+        events = client.generate(timeout_s=STREAM_TIMEOUT_S, **asked)
+        return [token for event in events if isinstance(event, pb.TokenChunk) for token in event.token_ids]
+
+    def live_beside(at: int, expected: list[int]) -> None:
+        with Client(target.address) as client:
+            while not is_over.is_set():
+                try:
+                    tokens = stream(client, at)
+                except CallFailed as error:
+                    if not target.exits:
+                        report.changed.append(f"neighbour {at}: {error}")
+                    return
+                report.num_streams += 1
+                if tokens != expected:
+                    report.changed.append(f"neighbour {at}: {tokens}, expected {expected}")
+
+    with Target(model) as target:
+        with Client(target.address) as client:
+            expected = [stream(client, at) for at in range(2)]
+        neighbours = [threading.Thread(target=live_beside, args=(at, expected[at])) for at in range(2)]
+        attackers = [threading.Thread(target=attack, args=(thread,)) for thread in range(NUM_THREADS)]
+        for thread in (*neighbours, *attackers):
+            thread.start()
+        for thread in attackers:
+            thread.join()
+        is_over.set()
+        for thread in neighbours:
+            thread.join()
+        report.exits = target.exits
+        if not report.exits:
+            report.remains = target.come_to_rest()
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hang-s", type=float, default=1.0, help="a call that takes longer hangs")
+    given = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="duopool-fuzz-") as folder:
+        report = fuzz(given.cases, given.seed, hang_s=given.hang_s, model=make_tiny_model(Path(folder) / "tiny"))
+    print(f"{report}\nseed {given.seed}, {time.monotonic() - began:.0f} s")
+    return 0 if report.is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

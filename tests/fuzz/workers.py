@@ -1,0 +1,45 @@
+"""A prefill and a decode worker in one process, with a real engine over a tiny model; ends when its stdin does.
+
+`python -m tests.fuzz.workers MODEL_FOLDER` prints their registrations as one line of JSON. A fatal engine error ends
+the process as in production; at the end both prove their invariants, and the exit status says so.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+
+from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig, SchedulerConfig, WorkerConfig
+from duopool.core.types import Role
+from duopool.decode_worker.process import decode_process
+from duopool.prefill_worker.process import prefill_process
+
+
+def main(folder: str) -> int:
+    processes = [
+        make(
+            WorkerConfig(
+                role=role,
+                worker_id=f"{role}-0",
+                model=ModelConfig(model=folder, served_model_name="tiny", dtype="float32"),
+                cache=CacheConfig(num_blocks=256, block_size=16),
+                scheduler=SchedulerConfig(max_num_seqs=32),
+                handoff=HandoffConfig(transport="grpc"),
+                num_threads=1,
+            )
+        )
+        for role, make in ((Role.PREFILL, prefill_process), (Role.DECODE, decode_process))
+    ]
+    infos = [process.start() for process in processes]
+    print(msgspec.json.encode(infos).decode(), flush=True)
+    sys.stdin.read()
+    for process in processes:
+        process.check()
+    for process in processes:
+        process.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
