@@ -45,7 +45,7 @@ check: $(STAMP) ## Format, lint, types, fast tests
 	@$(BIN)/python -m pytest -m 'not slow and not gpu and not e2e' $(PYTEST_FLAGS)
 
 chaos: $(STAMP) ## Kill -9 workers at failpoints under verified streams (KILLS per pool, SEED)
-	@$(BIN)/duopool chaos --kills $(KILLS) --seed $(SEED)
+	@$(BIN)/duopool chaos --kills $(KILLS) --stops 1 --seed $(SEED)
 
 simulate: $(STAMP) ## SEEDS=1000 histories of the whole system on virtual time, with faults; stops at a broken law
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS)

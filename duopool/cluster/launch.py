@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from duopool.cluster.control_plane import ControlPlane
 from duopool.cluster.janitor import Janitor
 
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing large ever goes through Ray's object store; this is close to the least that Ray accepts."""
+CONTROL_PLANE_TIMEOUT_S = 600
+"""Ray's processes end when their control plane has been away for this long."""
 NAMESPACE = "duopool"
 LOOPBACK = "127.0.0.1"
 _SOCKET_ROOM = 30
@@ -44,6 +47,8 @@ class RayCluster:
     num_gpus: float
     janitor: Janitor | None
     """Of a local Ray: sees to its folder and its last processes."""
+    control_plane: ControlPlane | None
+    """Of a local Ray: who keeps it alive."""
 
     def stop(self) -> None:
         """Leave; a local Ray ends with all its processes and its folder goes. Safe to call twice."""
@@ -71,6 +76,7 @@ def _start_local() -> RayCluster:
     root = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="duopool-", dir=root if len(root) <= _SOCKET_ROOM else "/tmp"))
     janitor = Janitor(folder)
+    (folder / "gcs").mkdir()
     try:
         # Ray opens its own folder to everyone, so it gets one below ours.
         return _init(
@@ -82,6 +88,14 @@ def _start_local() -> RayCluster:
             object_store_memory=OBJECT_STORE_BYTES,
             num_cpus=available_cpus(),
             include_dashboard=False,
+            _system_config={
+                # What the control plane knows outlives its process, and everybody waits for its successor.
+                "gcs_storage": "rocksdb",
+                "gcs_storage_path": str(folder / "gcs"),
+                "gcs_rpc_server_reconnect_timeout_s": CONTROL_PLANE_TIMEOUT_S,
+                # Ray takes its workers for batch jobs and lets everything else go before them; ours answer people.
+                "worker_niceness": 0,
+            },
         )
     except BaseException:
         janitor.clear_up()
@@ -106,4 +120,5 @@ def _init(*, is_local: bool, janitor: Janitor | None, **settings: Any) -> RayClu
         num_cpus=resources.get("CPU", 0.0),
         num_gpus=resources.get("GPU", 0.0),
         janitor=janitor,
+        control_plane=ControlPlane(context.address_info["gcs_address"]) if is_local else None,
     )

@@ -103,6 +103,11 @@ class System:
         return self._config.handoff.transport
 
     @property
+    def control_plane_pid(self) -> int:
+        """Process id of the control plane of a local Ray; 0 for one that was joined."""
+        return 0 if self._ray.control_plane is None else self._ray.control_plane.pid
+
+    @property
     def view(self) -> ClusterView:
         """The membership as last published."""
         return self._view
@@ -189,6 +194,8 @@ class System:
             self._end()
 
     def _tick(self, now: float) -> None:
+        if self._ray.control_plane is not None:
+            self._ray.control_plane.tick()
         while not self._commands.empty():
             self._execute(*self._commands.get(), now)
         self._supervisor.tick(now)

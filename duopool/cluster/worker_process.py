@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from duopool.cluster.control_plane import is_alive
 from duopool.core.config import WorkerConfig
 from duopool.core.messages import WorkerInfo
 from duopool.core.types import Role
@@ -110,7 +111,7 @@ class RayWorkerProcess:
 
     @property
     def has_host(self) -> bool:
-        return self._process is not None and not _is_alive(self._process)
+        return self._process is not None and not is_alive(self._process)
 
     def start_again(self) -> None:
         self._process = self._question = None
@@ -136,13 +137,6 @@ class RayWorkerProcess:
             raise ProcessGone(f"{type(cause).__name__}: {cause}") from error
         except self._ray.exceptions.RayError as error:
             raise ProcessGone(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
 
 
 def actor_class(role: Role) -> Any:

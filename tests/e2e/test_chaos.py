@@ -16,7 +16,7 @@ from random import Random
 
 import grpc
 import pytest
-from calls import has_workers, is_at_rest, state, wait_for
+from calls import has_workers, is_at_rest, scale, state, wait_for
 from remains import Remains
 
 from duopool.client import AsyncClient, Client, generate_request
@@ -99,6 +99,20 @@ def test_a_raw_client_goes_on_with_the_tokens_that_it_has(system: System) -> Non
     (whole,) = asyncio.run(complete(system.addresses, [prompt]))
     (rest,) = asyncio.run(complete(system.addresses[1:], [prompt], resume_from=whole[:20]))
     assert rest == whole[20:]
+
+
+def test_running_requests_do_not_notice_that_the_control_plane_dies(system: System) -> None:
+    prompts = [prompt_of(at) for at in range(8)]
+    whole = asyncio.run(complete(system.addresses, prompts))
+    victim = system.control_plane_pid
+    attempts = asyncio.run(complete(system.addresses, prompts, when_halfway=lambda: os.kill(victim, signal.SIGKILL)))
+    assert attempts == whole
+    until(lambda: system.control_plane_pid != victim)
+    # A new actor needs the control plane.
+    scale(system.address, decode=3)
+    wait_for(system.address, has_workers(EVERYONE | {"decode-2"}))
+    scale(system.address, decode=2)
+    wait_for(system.address, has_workers(EVERYONE))
 
 
 def test_requests_of_a_killed_router_stop_on_every_worker(system: System) -> None:

@@ -47,6 +47,7 @@ def chaos(
     role: Annotated[Victims, typer.Option(help="Pool whose workers are killed.")] = Victims.both,
     streams: Annotated[int, typer.Option(min=1, help="Requests under way at any time.")] = 32,
     stops: Annotated[int, typer.Option(min=0, help="Workers to stop for 10 s besides, in each pool.")] = 0,
+    seconds: Annotated[float, typer.Option(min=1, help="No further worker is killed after this time.")] = math.inf,
     seed: Annotated[int, typer.Option(help="Draws requests, victims and failpoints.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Workers in each pool.")] = 2,
     model: Annotated[str, typer.Option(help="Model that is served, in float32.")] = "smollm2",
@@ -61,7 +62,7 @@ def chaos(
             system = System.start(chaos_config(model, workers=workers, transport=transport), report=report)
         with system:
             tally, deaths, freezes = run(
-                system, Path(folder), roles * kills, frozen=roles * stops, streams=streams, seed=seed
+                system, Path(folder), roles * kills, frozen=roles * stops, limit_s=seconds, streams=streams, seed=seed
             )
     out.print(_table(deaths, freezes, tally))
     for text in tally.complaints[:MOST_COMPLAINTS]:
@@ -94,6 +95,7 @@ def run(
     *,
     frozen: Sequence[Role] = (),
     stop_s: float = STOP_S,
+    limit_s: float = math.inf,
     streams: int,
     seed: int,
 ) -> tuple[Tally, list[Kill], list[Freeze]]:
@@ -108,7 +110,10 @@ def run(
     freezes: list[Freeze] = []
     try:
         with Streams(system.address, questions, count=streams, seed=seed) as running:
+            began_at = time.monotonic()
             for at, role in enumerate(roles):
+                if time.monotonic() - began_at > limit_s:
+                    break
                 deaths.append(killer.kill(role))
                 # Retries and suspicion of poison are bounded: a request may meet one kill, and must survive it.
                 running.wait_until_none_is_older(deaths[-1].killed_at)
