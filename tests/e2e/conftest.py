@@ -14,8 +14,6 @@ from remains import Remains, is_open
 from tiny_model import make_tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Systems make and find their credential's file, as a user's do.
-os.environ.pop("DUOPOOL_CREDENTIAL", None)
 # Ray reads these once per process: every cluster of this run, whoever starts it, must ask for the same token.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -25,6 +23,14 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 def reference() -> Reference:
     """SmolLM2 in float32, run by transformers itself."""
     return Reference()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _credential_from_its_file() -> Iterator[None]:
+    """Systems make and find their credential's file, as a user's do; the other tests of the run keep theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DUOPOOL_CREDENTIAL", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")
