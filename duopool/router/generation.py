@@ -92,7 +92,7 @@ class Generation:
         admission.check_prompts(len(ask.prompts))
         admission.check_choices(ask.num_choices)
         num_lives = len(ask.prompts) * ask.num_choices
-        self._room.check(time_left_s=time_left_s)
+        self._room.check(max_tokens=ask.params.max_tokens, time_left_s=time_left_s)
         with self._admission.admit(num_lives):
             params = ask.params
             if ask.takes_all_room:
@@ -103,7 +103,8 @@ class Generation:
                 ask = replace(ask, params=replace(ask.params, grammar=grammar))
             outbox = Outbox(self._config.max_unread_tokens, num_choices=num_lives, clock=self._clock)
             asked = [prompt for prompt in prompts for _ in range(ask.num_choices)]
-            with self._room.enter([len(prompt) for prompt in asked], time_left_s=time_left_s) as places:
+            sizes = [len(prompt) for prompt in asked]
+            with self._room.enter(sizes, max_tokens=ask.params.max_tokens, time_left_s=time_left_s) as places:
                 lives = [
                     self._life(ask, prompt, outbox, place, choice=choice, deadline=deadline)
                     for choice, (prompt, place) in enumerate(zip(asked, places, strict=True))

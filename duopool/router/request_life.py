@@ -255,6 +255,7 @@ class RequestLife:
 
     def _show(self, tokens: Tokens) -> bool:
         """Show tokens to the client; True when it is to see nothing more."""
+        self._place.emitted(len(tokens.token_ids))
         before = self._stage.last_token_at
         stopped = self._delivery.show(tokens, self._state.route)
         self._error = self._delivery.error or self._error
@@ -267,9 +268,7 @@ class RequestLife:
         self._wanted = None
         self._search.end()
         self._pools.leave(self.request_id)
-        if finish.phase is Phase.DONE:
-            self._place.finish()
-        self._place.leave()
+        self._place.leave(is_finished=finish.phase is Phase.DONE)
         error = self._error or _error_of(finish)
         if error is not None:
             self._delivery.fail(error)

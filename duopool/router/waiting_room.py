@@ -1,7 +1,11 @@
-"""Accepted requests that do not decode yet: how much work they are, and how long a newcomer would wait behind them.
+"""Accepted requests that have not ended: how long a newcomer would wait behind them, and then decode beside them.
 
-Work is measured in prompt tokens, bounded, and timed as it leaves: a request that would wait too long, or too long for
-its deadline, is refused at once, and so what was accepted is finished. Knows no request; each holds its place.
+Waiting is measured in prompt tokens, bounded, and timed as they leave; decoding by the pace at which every request gets
+its tokens now, which is taken to slow down as much as the batch grows. Where it does not, the measured pace soon says
+so, and the batch may grow again: a slow start. A request that would wait too long, or end past its deadline, is refused
+at once, and so what was accepted is finished.
+
+Knows no request; each holds its place.
 """
 
 from __future__ import annotations
@@ -11,11 +15,15 @@ from contextlib import contextmanager
 
 from duopool.core.errors import Overloaded
 
-MEMORY_S = 5.0
+MEMORY_S = 4.0
 """How fast measurements of the past fade."""
 LEAST_MEASURED_S = 0.5
 """Time under work before a rate means anything."""
 LEAST_RETRY_S = 0.5
+FIRST_GUESS = 128
+"""Tokens of an output, before any has ended."""
+SMALL_BATCH = 8
+"""Up to this many, a step is taken to cost the same."""
 USED_SHARE = 0.8
 """Of the time that a request has; the rest is for what the estimate does not see."""
 
@@ -25,19 +33,24 @@ class WaitingRoom:
 
     def __init__(self, *, max_num_tokens: int, max_wait_s: float, clock: Callable[[], float]) -> None:
         self.num_tokens = 0
+        """Of prompts that wait."""
+        self.num_waiting = 0
+        self.num_decoding = 0
         self._max_num_tokens = max_num_tokens
         self._max_wait_s = max_wait_s
         self._clock = clock
-        self._drained_tokens = 0.0
-        self._drained_in_s = 0.0
-        self._last_drain_at = 0.0
-        self._service_s = 0.0
-        """From leaving the room to the end, of requests that finished; the newest count most."""
+        self._waits = _Rate()
+        """Seconds in which anybody waited, per prompt token that left."""
+        self._pace = _Rate()
+        """Seconds in which a request decoded, per token that it got."""
+        self._output_length = 0.0
+        """Tokens of requests that finished; the newest count most."""
+        self._noted_at = clock()
 
     @contextmanager
-    def enter(self, num_tokens: Sequence[int], *, time_left_s: float | None) -> Iterator[list[Place]]:
+    def enter(self, num_tokens: Sequence[int], *, max_tokens: int, time_left_s: float | None) -> Iterator[list[Place]]:
         """A place for each of a call's requests, left at the latest when the block is; Overloaded if there is none."""
-        self.check(sum(num_tokens), time_left_s=time_left_s)
+        self.check(sum(num_tokens), max_tokens=max_tokens, time_left_s=time_left_s)
         places = [Place(self, number) for number in num_tokens]
         try:
             yield places
@@ -45,74 +58,130 @@ class WaitingRoom:
             for place in places:
                 place.leave()
 
-    def check(self, num_tokens: int = 0, *, time_left_s: float | None) -> None:
-        """Overloaded if so many more tokens find no room, or would wait too long. An empty room takes anything."""
-        if self.num_tokens == 0:
+    def check(self, num_tokens: int = 0, *, max_tokens: int, time_left_s: float | None) -> None:
+        """Overloaded if so many more prompt tokens find no room, or would wait, or end, too late.
+
+        Where nobody is, anything finds room.
+        """
+        if not self.num_tokens and not self.num_decoding:
             return
         num_then = self.num_tokens + num_tokens
-        wait_s = self.wait_s(num_then)
-        if num_then > self._max_num_tokens:
+        if self.num_tokens and num_then > self._max_num_tokens:
             full = f"prompts of {self.num_tokens} tokens wait already, the limit is {self._max_num_tokens}"
             raise Overloaded(full, retry_after_s=max(LEAST_RETRY_S, self.wait_s(num_then - self._max_num_tokens)))
-        limit_s = self._max_wait_s
+        wait_s, limit_s = self.wait_s(num_then), self._max_wait_s
         if time_left_s is not None:
-            limit_s = min(limit_s, USED_SHARE * time_left_s - self._service_s)
-        if wait_s > max(0.0, limit_s):
+            limit_s = min(limit_s, max(0.0, USED_SHARE * time_left_s - self.decoding_s(max_tokens)))
+        if wait_s > limit_s:
             raise Overloaded(
-                f"the wait is {wait_s:.1f} s, {max(0.0, limit_s):.1f} s are left for it",
+                f"the wait is {wait_s:.1f} s, {limit_s:.1f} s are left for it",
                 retry_after_s=max(LEAST_RETRY_S, wait_s - limit_s),
             )
 
     def wait_s(self, num_tokens: int) -> float:
-        """How long so much work takes to leave at the present rate; 0 as long as no rate is known."""
-        idle_s = self._clock() - self._last_drain_at if self.num_tokens else 0.0
-        if self._drained_in_s < LEAST_MEASURED_S or not self._drained_tokens:
-            return 0.0
-        return num_tokens * (self._drained_in_s + idle_s) / self._drained_tokens
+        """How long so many prompt tokens take to leave at the present rate; 0 as long as no rate is known."""
+        self._note()
+        return num_tokens * self._waits.seconds_each
+
+    def decoding_s(self, max_tokens: int) -> float:
+        """How long a newcomer will decode, beside all that are here; 0 as long as no pace is known."""
+        self._note()
+        growth = (self.num_decoding + self.num_waiting + 1) / max(SMALL_BATCH, self._pace.mean_load)
+        return min(max_tokens, self._output_length or FIRST_GUESS) * self._pace.seconds_each * max(1.0, growth)
+
+    def _note(self) -> None:
+        """Let the time since the last call count."""
+        passed_s, self._noted_at = self._clock() - self._noted_at, self._clock()
+        if self.num_tokens:
+            self._waits.pass_time(passed_s, passed_s)
+        if self.num_decoding:
+            self._pace.pass_time(passed_s, self.num_decoding * passed_s)
 
     def _arrive(self, num_tokens: int) -> None:
-        if self.num_tokens == 0:
-            self._last_drain_at = self._clock()
+        self._note()
         self.num_tokens += num_tokens
+        self.num_waiting += 1
 
     def _leave(self, num_tokens: int, *, is_served: bool) -> None:
-        if is_served:
-            now = self._clock()
-            passed_s = now - self._last_drain_at
-            kept = max(0.0, 1.0 - passed_s / MEMORY_S)
-            self._last_drain_at = now
-            self._drained_tokens = self._drained_tokens * kept + num_tokens
-            self._drained_in_s = self._drained_in_s * kept + passed_s
+        self._note()
         self.num_tokens -= num_tokens
+        self.num_waiting -= 1
+        if is_served:
+            self._waits.count += num_tokens
+            self.num_decoding += 1
 
-    def _finished(self, service_s: float) -> None:
-        kept = 0.9 if self._service_s else 0.0
-        self._service_s = self._service_s * kept + service_s * (1.0 - kept)
+    def _emit(self, num_tokens: int) -> None:
+        self._note()
+        self._pace.count += num_tokens
+
+    def _end(self, num_output_tokens: int, *, is_finished: bool) -> None:
+        self._note()
+        self.num_decoding -= 1
+        if is_finished:
+            kept = 0.9 if self._output_length else 0.0
+            self._output_length = self._output_length * kept + num_output_tokens * (1.0 - kept)
 
 
 class Place:
-    """One request's."""
+    """One request's: it waits, decodes, and is over. Each step may be said again."""
 
     def __init__(self, room: WaitingRoom, num_tokens: int) -> None:
         self._room = room
         self._num_tokens = num_tokens
-        self._left_at: float | None = None
+        self._num_emitted = 0
+        self._is_waiting = True
+        self._is_over = False
         room._arrive(num_tokens)
 
     def decodes(self) -> None:
-        """The request is in a batch. May be said again and again."""
-        if self._left_at is None:
-            self._left_at = self._room._clock()
+        """The request is in a batch."""
+        if self._is_waiting:
+            self._is_waiting = False
             self._room._leave(self._num_tokens, is_served=True)
 
-    def finish(self) -> None:
-        """The request has all its tokens."""
-        self.decodes()
-        assert self._left_at is not None
-        self._room._finished(self._room._clock() - self._left_at)
+    def emitted(self, num_tokens: int) -> None:
+        """The request got tokens."""
+        self._num_emitted += num_tokens
+        self._room._emit(num_tokens)
 
-    def leave(self) -> None:
-        """The request is over, however it ended; nothing happens if it is not here any more."""
-        if self._left_at is None:
-            self._left_at = self._room._clock()
+    def leave(self, *, is_finished: bool = False) -> None:
+        """The request is over; finished, if it has all its tokens."""
+        if self._is_over:
+            return
+        if is_finished:
+            self.decodes()
+        self._is_over = True
+        if self._is_waiting:
+            self._is_waiting = False
             self._room._leave(self._num_tokens, is_served=False)
+        else:
+            self._room._end(self._num_emitted, is_finished=is_finished)
+
+
+class _Rate:
+    """Seconds per thing counted; both fade with time."""
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self._seconds = 0.0
+        self._passed_s = 0.0
+
+    @property
+    def mean_load(self) -> float:
+        """How many counted at a time."""
+        return self._seconds / self._passed_s if self._passed_s else 0.0
+
+    @property
+    def seconds_each(self) -> float:
+        """0 as long as too little was measured."""
+        return self._seconds / self.count if self._seconds >= LEAST_MEASURED_S and self.count else 0.0
+
+    def pass_time(self, passed_s: float, counted_s: float) -> None:
+        """So much time has passed, and this much of it counts."""
+        kept = max(0.0, 1.0 - passed_s / MEMORY_S)
+        if self.count * kept >= 1.0:  # a standstill is not forgotten, it is what is measured
+            self.count *= kept
+            self._seconds *= kept
+            self._passed_s *= kept
+        self._seconds += counted_s
+        self._passed_s += passed_s

@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from heapq import heapify, heappop
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from duopool.core.errors import Overloaded
-from duopool.router.waiting_room import Place, WaitingRoom
+from duopool.router.waiting_room import USED_SHARE, Place, WaitingRoom
 
 
 class Clock:
@@ -28,18 +29,20 @@ def room_of(*, max_num_tokens: int = 1000, max_wait_s: float = 60.0) -> tuple[Wa
 
 
 def drain(room: WaitingRoom, clock: Clock, *, tokens: int, seconds: float, times: int, decode_s: float = 0.0) -> None:
-    """Requests one after the other, each in the room for so long; then they decode for so long."""
+    """Requests one after the other, each waits for so long; then they decode 10 tokens in so long."""
     for _ in range(times):
-        with room.enter([tokens], time_left_s=None) as (place,):
+        with room.enter([tokens], max_tokens=99, time_left_s=None) as (place,):
             clock.now += seconds
             place.decodes()
-            clock.now += decode_s
-            place.finish()
+            for _ in range(10):
+                clock.now += decode_s / 10
+                place.emitted(1)
+            place.leave(is_finished=True)
 
 
 def test_an_empty_room_takes_a_prompt_of_any_size() -> None:
     room, _ = room_of(max_num_tokens=10)
-    with room.enter([500], time_left_s=0.001):
+    with room.enter([500], max_tokens=99, time_left_s=0.001):
         assert room.num_tokens == 500
     assert room.num_tokens == 0
 
@@ -47,49 +50,49 @@ def test_an_empty_room_takes_a_prompt_of_any_size() -> None:
 def test_past_its_tokens_the_room_is_full_and_says_when_to_come_back() -> None:
     room, clock = room_of(max_num_tokens=100)
     drain(room, clock, tokens=10, seconds=1.0, times=5)
-    with room.enter([60], time_left_s=None):
-        with room.enter([40], time_left_s=None):
+    with room.enter([60], max_tokens=99, time_left_s=None):
+        with room.enter([40], max_tokens=99, time_left_s=None):
             with pytest.raises(Overloaded, match="100 tokens wait already, the limit is 100") as caught:
-                room.check(20, time_left_s=None)
+                room.check(20, max_tokens=99, time_left_s=None)
             assert caught.value.retry_after_s == pytest.approx(2.0)
             assert room.num_tokens == 100
-        room.check(20, time_left_s=None)
+        room.check(20, max_tokens=99, time_left_s=None)
 
 
 def test_who_would_wait_past_the_deadline_is_refused_and_who_has_time_is_not() -> None:
     room, clock = room_of()
     drain(room, clock, tokens=10, seconds=1.0, times=20, decode_s=3.0)
-    with room.enter([40], time_left_s=None):
+    with room.enter([40], max_tokens=99, time_left_s=None):
         # 5 s of work then, and 3 s of decoding behind it, in four fifths of the time that is left.
-        room.check(10, time_left_s=10.1)
+        room.check(10, max_tokens=99, time_left_s=10.1)
         with pytest.raises(Overloaded, match=r"the wait is 5\.0 s, 4\.9 s are left for it"):
-            room.check(10, time_left_s=9.9)
+            room.check(10, max_tokens=99, time_left_s=9.9)
         with pytest.raises(Overloaded):
-            room.check(10, time_left_s=0.0)
+            room.check(10, max_tokens=99, time_left_s=0.0)
 
 
 def test_nobody_waits_longer_than_the_limit() -> None:
     room, clock = room_of(max_wait_s=7.5)
     drain(room, clock, tokens=10, seconds=1.0, times=20)
-    with room.enter([70], time_left_s=None):
-        room.check(5, time_left_s=None)
+    with room.enter([70], max_tokens=99, time_left_s=None):
+        room.check(5, max_tokens=99, time_left_s=None)
         with pytest.raises(Overloaded, match=r"the wait is 7\.6 s, 7\.5 s are left") as caught:
-            room.check(6, time_left_s=None)
+            room.check(6, max_tokens=99, time_left_s=None)
         assert caught.value.retry_after_s == 0.5
 
 
 def test_a_call_finds_room_for_all_its_requests_or_for_none() -> None:
     room, _ = room_of(max_num_tokens=100)
-    with room.enter([30], time_left_s=None):
-        with pytest.raises(Overloaded), room.enter([40, 40], time_left_s=None):
+    with room.enter([30], max_tokens=99, time_left_s=None):
+        with pytest.raises(Overloaded), room.enter([40, 40], max_tokens=99, time_left_s=None):
             raise AssertionError("not reached")
         assert room.num_tokens == 30
 
 
 def test_without_a_measured_rate_nobody_is_refused_for_the_wait() -> None:
     room, _ = room_of(max_wait_s=0.1)
-    with room.enter([900], time_left_s=None):
-        room.check(100, time_left_s=0.0)
+    with room.enter([900], max_tokens=99, time_left_s=None):
+        room.check(100, max_tokens=99, time_left_s=0.0)
 
 
 def test_requests_that_end_before_they_decode_say_nothing_about_the_rate() -> None:
@@ -97,7 +100,7 @@ def test_requests_that_end_before_they_decode_say_nothing_about_the_rate() -> No
     drain(room, clock, tokens=10, seconds=1.0, times=20)
     expected = room.wait_s(100)
     for _ in range(20):
-        with room.enter([500], time_left_s=None):
+        with room.enter([500], max_tokens=99, time_left_s=None):
             pass
     assert room.wait_s(100) == pytest.approx(expected)
 
@@ -105,18 +108,16 @@ def test_requests_that_end_before_they_decode_say_nothing_about_the_rate() -> No
 def test_a_standstill_makes_the_wait_longer() -> None:
     room, clock = room_of()
     drain(room, clock, tokens=10, seconds=1.0, times=20)
-    with room.enter([50], time_left_s=None):
+    with room.enter([50], max_tokens=99, time_left_s=None):
         before = room.wait_s(50)
         clock.now += 10
         assert room.wait_s(50) > 2 * before
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 400), st.sampled_from(["decodes", "finish", "leave", "nothing"])), max_size=30)
-)
+@given(st.lists(st.tuples(st.integers(1, 400), st.sampled_from(["decodes", "leave", "nothing"])), max_size=30))
 def test_in_the_end_the_room_is_empty(requests: list[tuple[int, str]]) -> None:
     room, clock = room_of(max_num_tokens=10**6)
-    with room.enter([tokens for tokens, _ in requests], time_left_s=None) as places:
+    with room.enter([tokens for tokens, _ in requests], max_tokens=99, time_left_s=None) as places:
         assert room.num_tokens == sum(tokens for tokens, _ in requests)
         for place, (_, what) in zip(places, requests, strict=True):
             clock.now += 0.1
@@ -141,19 +142,60 @@ def test_at_any_load_what_is_accepted_finishes_in_time(load: float) -> None:
             if what == "arrival":
                 events.append((clock.now + random.expovariate(load), (num_events := num_events + 1), what, place, 0.0))
                 with suppress(Overloaded):
-                    queue.append((*calls.enter_context(room.enter([100], time_left_s=12.0)), clock.now + 12.0))
+                    queue.append(
+                        (*calls.enter_context(room.enter([100], max_tokens=99, time_left_s=12.0)), clock.now + 12.0)
+                    )
                     num_accepted += 1
             elif what == "prefilled":
                 is_idle = True
                 place.decodes()
+                for passed_s in (1.0, 2.0, 3.0):
+                    events.append((clock.now + passed_s, (num_events := num_events + 1), "token", place, due_at))
                 events.append((clock.now + 3.0, (num_events := num_events + 1), "end", place, due_at))
+            elif what == "token":
+                place.emitted(1)
             else:
-                place.finish()
+                place.leave(is_finished=True)
                 num_good += clock.now <= due_at
             if queue and is_idle:
                 is_idle = False
                 events.append((clock.now + 1.0, (num_events := num_events + 1), "prefilled", *queue.pop(0)))
             heapify(events)
-    num_under_way = len(queue) + len(events) - 1
+    num_under_way = len(queue) + sum(what in ("prefilled", "end") for _, _, what, _, _ in events)
     assert num_good >= 0.9 * seconds * min(1.0, load)
     assert num_accepted - num_good - num_under_way <= 0.02 * num_accepted, "late"
+
+
+@pytest.mark.parametrize("load", [0.8, 1.5, 10.0])
+@pytest.mark.parametrize("own_s", [0.05, 0.02])
+def test_a_batch_that_slows_down_as_it_grows_is_not_overfilled(load: float, own_s: float) -> None:
+    """A step costs 0.3 s and `own_s` for each of up to 32 requests; each wants 20 tokens within 20 s."""
+    room, clock = room_of(max_num_tokens=10**6)
+    random, begin, seconds = Random(2), clock.now, 400.0
+    sizes = [size for size in range(1, 33) if 20 * (0.3 + own_s * size) <= USED_SHARE * 20.0]
+    capacity = max(size / (20 * (0.3 + own_s * size)) for size in sizes)
+    running: list[list[Any]] = []
+    next_arrival = begin
+    num_accepted = num_good = num_late = 0
+    with ExitStack() as calls:
+        while clock.now < begin + seconds:
+            step_ends = clock.now + 0.3 + own_s * len(running)
+            while next_arrival <= step_ends:
+                clock.now = next_arrival
+                next_arrival += random.expovariate(load * capacity)
+                with suppress(Overloaded):
+                    (place,) = calls.enter_context(room.enter([10], max_tokens=50, time_left_s=20.0))
+                    running.append([place, 0, clock.now + 20.0])
+                    num_accepted += 1
+            clock.now = step_ends
+            for one in running[:32]:
+                one[0].decodes()
+                one[0].emitted(1)
+                one[1] += 1
+            for one in [one for one in running if one[1] == 20 or clock.now > one[2]]:
+                is_good = clock.now <= one[2]
+                one[0].leave(is_finished=is_good)
+                running.remove(one)
+                num_good, num_late = num_good + is_good, num_late + (not is_good)
+    assert num_good / seconds >= 0.8 * capacity * min(1.0, load)
+    assert num_late <= 0.05 * num_accepted
