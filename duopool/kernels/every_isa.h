@@ -15,6 +15,7 @@
 namespace {
 namespace portable {
 #include "vectors.h"
+#include "word_products.h"
 #include DUOPOOL_KERNEL_BODY
 }  // namespace portable
 }  // namespace
@@ -31,6 +32,7 @@ namespace portable {
 namespace {
 namespace avx2 {
 #include "vectors.h"
+#include "word_products.h"
 #include DUOPOOL_KERNEL_BODY
 }  // namespace avx2
 }  // namespace
@@ -45,6 +47,7 @@ namespace avx2 {
 namespace {
 namespace avx512 {
 #include "vectors.h"
+#include "word_products.h"
 #include DUOPOOL_KERNEL_BODY
 }  // namespace avx512
 }  // namespace
@@ -62,6 +65,7 @@ namespace avx512 {
 namespace {
 namespace avx512_dots {
 #include "vectors.h"
+#include "word_products.h"
 #include DUOPOOL_KERNEL_BODY
 }  // namespace avx512_dots
 }  // namespace

@@ -92,7 +92,11 @@ DUOPOOL_INLINE Floats load_line(const Bfloat16* from) {
 }
 DUOPOOL_INLINE void store_line(float* to, Floats value) { store(to, value); }
 DUOPOOL_INLINE void store_line(Bfloat16* to, Floats value) {
+#ifdef DUOPOOL_DOTS
+    *(LooseHalves*)to = (Halves)_mm512_cvtneps_pbh((__m512)value);
+#else
     *(LooseHalves*)to = __builtin_convertvector(rounded_to_bfloat16(value) >> 16, Halves);
+#endif
 }
 
 // The first `count` of WIDTH values; reads zeros and writes nothing behind them.
@@ -111,16 +115,23 @@ DUOPOOL_INLINE void store_line(T* to, Floats value, int64_t count) {
     __builtin_memcpy(to, whole, count * sizeof(T));
 }
 
+// The vector with its halves of every 2 * `half` lanes exchanged.
+DUOPOOL_INLINE Floats swapped(Floats value, int half) {
+    Ints lanes;
+    for (int lane = 0; lane < WIDTH; ++lane) lanes[lane] = lane ^ half;
+    return __builtin_shuffle(value, lanes);
+}
+
 DUOPOOL_INLINE float largest(Floats value) {
-    float most = value[0];
-    for (int lane = 1; lane < WIDTH; ++lane) most = value[lane] > most ? value[lane] : most;
-    return most;
+#pragma GCC unroll 4
+    for (int half = WIDTH / 2; half > 0; half /= 2) value = larger(value, swapped(value, half));
+    return value[0];
 }
 
 DUOPOOL_INLINE float sum(Floats value) {
-    float total = 0;
-    for (int lane = 0; lane < WIDTH; ++lane) total += value[lane];
-    return total;
+#pragma GCC unroll 4
+    for (int half = WIDTH / 2; half > 0; half /= 2) value += swapped(value, half);
+    return value[0];
 }
 
 // e^x to 2 units in the last place for x <= 88; exactly 0 below -87.
@@ -178,11 +189,8 @@ DUOPOOL_INLINE Floats four_sums(Floats a, Floats b, Floats c, Floats d) {
     const Floats ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
     const Floats cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
     Floats all = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
-    for (int half = WIDTH / 2; half >= 4; half /= 2) {
-        Ints swapped;
-        for (int lane = 0; lane < WIDTH; ++lane) swapped[lane] = lane ^ half;
-        all = all + __builtin_shuffle(all, swapped);
-    }
+#pragma GCC unroll 4
+    for (int half = WIDTH / 2; half >= 4; half /= 2) all += swapped(all, half);
     return all;
 }
 

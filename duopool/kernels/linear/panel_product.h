@@ -44,104 +44,13 @@ DUOPOOL_INLINE float as_float(Bfloat16 value) {
     return result;
 }
 
-// One pair of depths: sums[R][V] += x's pair * words[V].
-template <int R, int V>
-DUOPOOL_INLINE void add_pair(const Bfloat16* x, int64_t x_stride, const Words (&words)[V], Floats (&sums)[R][V]) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-        uint32_t pair;
-        __builtin_memcpy(&pair, x + r * x_stride, 4);
-        const Words factors = Words{} + pair;
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) sums[r][v] = add_pair_products(sums[r][v], factors, words[v]);
-    }
-}
-template <int R, int V>
-DUOPOOL_INLINE void add_pair(const float* x, int64_t x_stride, const Words (&words)[V], Floats (&sums)[R][V]) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-        const Floats first = (Floats)(words[v] << 16), second = (Floats)(words[v] & 0xffff0000u);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            sums[r][v] += fill(x[r * x_stride]) * first;
-            sums[r][v] += fill(x[r * x_stride + 1]) * second;
-        }
-    }
-}
-// The last depth of an odd number of them.
-template <int R, int V>
-DUOPOOL_INLINE void add_single(const Bfloat16* x, int64_t x_stride, const Words (&words)[V], Floats (&sums)[R][V]) {
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v)
-            sums[r][v] = add_pair_products(sums[r][v], Words{} + x[r * x_stride].bits, words[v]);
-}
-template <int R, int V>
-DUOPOOL_INLINE void add_single(const float* x, int64_t x_stride, const Words (&words)[V], Floats (&sums)[R][V]) {
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] += fill(x[r * x_stride]) * (Floats)(words[v] << 16);
-}
-
-// c[R][P * CHUNK] (+)= x[R][depth] * P panels.
-template <int R, int P, class X>
-DUOPOOL_TARGET __attribute__((noinline)) void multiply_words(const X* x, int64_t x_stride, const uint32_t* panel,
-                                                             int64_t panel_stride, int64_t depth, float* c,
-                                                             bool accumulate) {
-    Floats sums[R][2 * P] = {};
-    if (accumulate) {
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < 2 * P; ++v) sums[r][v] = load(c + r * LINE + v * WIDTH);
-    }
-    Words words[2 * P];
-    for (int64_t k = 0; k + 2 <= depth; k += 2) {
-#pragma GCC unroll 8
-        for (int v = 0; v < 2 * P; ++v)
-            words[v] = *(const LooseWords*)(panel + v / 2 * panel_stride + k / 2 * CHUNK + v % 2 * WIDTH);
-        add_pair<R, 2 * P>(x + k, x_stride, words, sums);
-    }
-    if (depth % 2) {
-        for (int v = 0; v < 2 * P; ++v)
-            words[v] = *(const LooseWords*)(panel + v / 2 * panel_stride + depth / 2 * CHUNK + v % 2 * WIDTH);
-        add_single<R, 2 * P>(x + depth - 1, x_stride, words, sums);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < 2 * P; ++v) store(c + r * LINE + v * WIDTH, sums[r][v]);
-}
-
-template <class X>
-using MultiplyWords = void (*)(const X*, int64_t, const uint32_t*, int64_t, int64_t, float*, bool);
-
-template <class X>
-struct WordProducts {
-    static constexpr MultiplyWords<X> of[MAX_ROWS + 1] = {
-        nullptr,
-        multiply_words<1, 1, X>,
-        multiply_words<2, 1, X>,
-        multiply_words<3, 1, X>,
-        multiply_words<4, 1, X>,
-        multiply_words<5, 1, X>,
-        multiply_words<6, 1, X>,
-#if DUOPOOL_MAX_ROWS > 6
-        multiply_words<7, 1, X>,
-        multiply_words<8, 1, X>,
-        multiply_words<9, 1, X>,
-        multiply_words<10, 1, X>,
-        multiply_words<11, 1, X>,
-        multiply_words<12, 1, X>,
-#endif
-    };
-    // Few rows take both panels of a unit at once: else the multipliers wait for their own sums.
-    static constexpr MultiplyWords<X> of_unit[4] = {nullptr, multiply_words<1, 2, X>, multiply_words<2, 2, X>,
-                                                    multiply_words<3, 2, X>};
-};
-
 // sums[rows][LINE] = x * `count` (1 or UNIT) panels.
 template <class X>
 DUOPOOL_TARGET void multiply_unit(const X* x, int64_t x_stride, int64_t rows, const uint32_t* panels, int64_t count,
                                   int64_t depth, float* sums) {
     const int64_t stride = (depth + 1) / 2 * CHUNK;
-    if (rows <= 3 && count == UNIT) return WordProducts<X>::of_unit[rows](x, x_stride, panels, stride, depth, sums, false);
+    if (rows <= 3 && count == UNIT)
+        return WordProducts<X>::of_two[rows](x, x_stride, panels, stride, depth, sums, LINE, false);
     // A slice of a panel stays in the first-level cache while all rows pass over it.
     const int64_t slice = rows > MAX_ROWS ? 4096 / WIDTH : depth;
     const int64_t num_tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
@@ -151,7 +60,7 @@ DUOPOOL_TARGET void multiply_unit(const X* x, int64_t x_stride, int64_t rows, co
                 const int64_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
                 WordProducts<X>::of[end - row](x + row * x_stride + k, x_stride, panels + panel * stride + k / 2 * CHUNK,
                                                stride, depth - k < slice ? depth - k : slice,
-                                               sums + row * LINE + panel * CHUNK, k > 0);
+                                               sums + row * LINE + panel * CHUNK, LINE, k > 0);
             }
 }
 

@@ -48,14 +48,20 @@ DUOPOOL_INLINE void load_chunk(const T* row, int64_t dim, int64_t chunk, Floats&
         load_partial_pair(row + chunk, dim - chunk, a, b);
 }
 
+// One row's query.
+template <class T>
+DUOPOOL_INLINE const T* query_of(const AttentionCall& call, const Piece& piece, int64_t row) {
+    const int64_t group = call.num_heads / call.num_kv_heads;
+    return (const T*)call.query + (call.query_starts[piece.request] + row / group) * call.query_token_stride +
+           (piece.kv_head * group + row % group) * call.query_head_stride;
+}
+
 // The rows' queries times the scale, [rows][padded D] in pair order.
 template <class T>
 DUOPOOL_INLINE void stage_query(const AttentionCall& call, const Piece& piece, float* query) {
-    const int64_t group = call.num_heads / call.num_kv_heads, dim = call.key_dim;
+    const int64_t dim = call.key_dim;
     for (int64_t r = 0; r < piece.num_rows; ++r) {
-        const int64_t row = piece.first_row + r;
-        const T* from = (const T*)call.query + (call.query_starts[piece.request] + row / group) * call.query_token_stride +
-                        (piece.kv_head * group + row % group) * call.query_head_stride;
+        const T* from = query_of<T>(call, piece, piece.first_row + r);
         for (int64_t chunk = 0; chunk < dim; chunk += CHUNK) {
             Floats a, b;
             load_chunk(from, dim, chunk, a, b);
@@ -92,10 +98,13 @@ DUOPOOL_INLINE void visible(const AttentionCall& call, int64_t position, int64_t
     *first = begin < 0 ? 0 : begin < *last ? begin : *last;
 }
 
-// Scores of one row become weights; the running sums follow. Returns by how much earlier sums shrink.
-DUOPOOL_INLINE float weigh(const AttentionCall& call, float* scores, int64_t first, int64_t last, int64_t count,
-                           float* largest_so_far, float* total) {
+// Scores of one row, times `factor`, become weights; the running sums follow. Returns by how much earlier sums shrink.
+DUOPOOL_INLINE float weigh(const AttentionCall& call, float factor, float* scores, int64_t first, int64_t last,
+                           int64_t count, float* largest_so_far, float* total) {
     const int64_t end = (count + WIDTH - 1) / WIDTH * WIDTH;
+    if (factor != 1) {
+        for (int64_t i = 0; i < end; i += WIDTH) store(scores + i, load(scores + i) * factor);
+    }
     if (call.soft_cap != 0) {
         for (int64_t i = 0; i < end; i += WIDTH)
             store(scores + i, call.soft_cap * hyperbolic_tangent(load(scores + i) / call.soft_cap));
@@ -127,6 +136,14 @@ DUOPOOL_INLINE void clear(Sums& sums, int64_t rows, int64_t dim) {
         sums.total[r] = 0;
     }
     __builtin_memset(sums.mixed, 0, rows * dim * sizeof(float));
+}
+
+// Asks for rows that are needed soon: pages are too short and too scattered for the hardware to guess the next one. Spread
+// over the arithmetic, a few lines at a time; more at once would only wait for each other.
+template <class T>
+DUOPOOL_INLINE void prefetch(const T* const* rows, int64_t count, int64_t dim) {
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t at = 0; at < dim; at += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows[i] + at);
 }
 
 // scores[R][4] of R rows with four keys.
@@ -203,8 +220,10 @@ DUOPOOL_INLINE void mix_chunks(const float* weights, const T* const* values, int
 
 template <int R, class T>
 DUOPOOL_TARGET __attribute__((noinline)) void mix_values(const float* weights, const T* const* values, int64_t count,
-                                                         int64_t dim, float* mixed, int64_t mixed_stride) {
+                                                         int64_t dim, float* mixed, int64_t mixed_stride,
+                                                         const T* const* soon, int64_t soon_dim) {
     int64_t chunk = 0;
+    if (soon) prefetch(soon, KEY_TILE, soon_dim);
     for (; chunk + 2 * CHUNK <= dim; chunk += 2 * CHUNK)
         mix_chunks<R, 2, true>(weights, values, count, dim, chunk, mixed, mixed_stride);
     for (; chunk + CHUNK <= dim; chunk += CHUNK)
@@ -214,19 +233,38 @@ DUOPOOL_TARGET __attribute__((noinline)) void mix_values(const float* weights, c
 
 template <int R, class T>
 DUOPOOL_TARGET __attribute__((noinline)) void score_tile(const float* query, int64_t query_stride, const T* const* keys,
-                                                         int64_t count, int64_t dim, float* scores) {
-    for (int64_t key = 0; key < count; key += 4) score_four<R>(query, query_stride, keys + key, dim, scores + key);
+                                                         int64_t count, int64_t dim, float* scores,
+                                                         const T* const* soon, int64_t soon_dim) {
+    for (int64_t key = 0; key < count; key += 4) {
+        if (soon) prefetch(soon + key, 4, soon_dim);
+        score_four<R>(query, query_stride, keys + key, dim, scores + key);
+    }
 }
 
-// Ask for rows that are needed soon: pages are too short and too scattered for the hardware to guess the next one.
+// How few rows meet keys and values: expanded to float32, T being whatever it is. See attention_dots.h for the other way.
 template <class T>
-DUOPOOL_INLINE void prefetch(const T* const* rows, int64_t count, int64_t dim) {
-    for (int64_t i = 0; i < count; ++i)
-        for (int64_t at = 0; at < dim; at += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows[i] + at);
-}
+struct Expanded {
+    typedef float Query;
+    typedef float Weight;
+    static float factor(const AttentionCall&) { return 1; }  // the queries have the scale in them
+    static void weights_from_scores(float*, int64_t) {}
+    template <int R>
+    DUOPOOL_INLINE void score(const Query* query, int64_t query_stride, const T* const* keys, int64_t count, int64_t dim,
+                              float* scores, const T* const* soon, int64_t soon_dim) {
+        score_tile<R>(query, query_stride, keys, count, dim, scores, soon, soon_dim);
+    }
+    template <int R>
+    DUOPOOL_INLINE void mix(const Weight* weights, const T* const* values, int64_t count, int64_t dim, float* mixed,
+                            int64_t mixed_stride, const T* const* soon, int64_t soon_dim) {
+        mix_values<R>(weights, values, count, dim, mixed, mixed_stride, soon, soon_dim);
+    }
+};
+
+// Rows that are taken at once, of those that are left.
+DUOPOOL_INLINE int64_t rows_at_once(int64_t left) { return left == 4 ? 2 : left < 3 ? left : 3; }
 
 // Few rows: keys and values are read where they lie.
-template <class T>
+template <class T, class Way>
 DUOPOOL_INLINE void attend_in_place(const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
     const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim), rows = piece.num_rows;
     const int64_t group = call.num_heads / call.num_kv_heads;
@@ -240,47 +278,49 @@ DUOPOOL_INLINE void attend_in_place(const AttentionCall& call, const Piece& piec
         now = 1 - now;
         const T **keys = slots[now][0], **values = slots[now][1];
         const int64_t count = next_count, next = tile + KEY_TILE;
-        prefetch(values, count, call.value_dim);
         if (next < piece.last_key) {
             next_count = piece.last_key - next < KEY_TILE ? piece.last_key - next : KEY_TILE;
             find_slots(call, piece, next, next_count, slots[1 - now][0], slots[1 - now][1]);
         }
-        for (int64_t i = count; i % 4; ++i) keys[i] = keys[count - 1];
-        for (int64_t r = 0; r < rows;) {
-            const float* query = work.query + r * key_dim;
+        for (int64_t i = count; i % 4; ++i) {
+            keys[i] = keys[count - 1];
+            values[i] = values[count - 1];
+        }
+        for (int64_t r = 0, some; r < rows; r += some) {
+            const auto* query = (const typename Way::Query*)work.query + r * key_dim;
             float* scores = work.scores + r * KEY_TILE;
-            if (rows - r >= 3) {
-                score_tile<3>(query, key_dim, keys, count, call.key_dim, scores);
-                r += 3;
-            } else if (rows - r == 2) {
-                score_tile<2>(query, key_dim, keys, count, call.key_dim, scores);
-                r += 2;
-            } else {
-                score_tile<1>(query, key_dim, keys, count, call.key_dim, scores);
-                r += 1;
-            }
+            const T* const* soon = r == 0 ? values : nullptr;
+            some = rows_at_once(rows - r);
+            if (some == 3)
+                Way::template score<3>(query, key_dim, keys, count, call.key_dim, scores, soon, call.value_dim);
+            else if (some == 2)
+                Way::template score<2>(query, key_dim, keys, count, call.key_dim, scores, soon, call.value_dim);
+            else
+                Way::template score<1>(query, key_dim, keys, count, call.key_dim, scores, soon, call.value_dim);
         }
         for (int64_t r = 0; r < rows; ++r) {
             int64_t first, last;
             visible(call, first_position + (piece.first_row + r) / group, tile, count, &first, &last);
             float* scores = work.scores + r * KEY_TILE;
-            const float shrink = weigh(call, scores, first, last, count, sums.largest + r, sums.total + r);
+            const float shrink = weigh(call, Way::factor(call), scores, first, last, count, sums.largest + r, sums.total + r);
             if (shrink != 1) shrink_row(sums.mixed + r * value_dim, value_dim, shrink);
+            Way::weights_from_scores(scores, count);
         }
-        if (next < piece.last_key) prefetch(slots[1 - now][0], next_count, call.key_dim);
-        for (int64_t r = 0; r < rows;) {
-            const float* weights = work.scores + r * KEY_TILE;
+        // Filled up, so that asking for a whole tile of them is always right.
+        const T** const next_keys = slots[1 - now][0];
+        if (next < piece.last_key)
+            for (int64_t i = next_count; i < KEY_TILE; ++i) next_keys[i] = next_keys[next_count - 1];
+        for (int64_t r = 0, some; r < rows; r += some) {
+            const auto* weights = (const typename Way::Weight*)(work.scores + r * KEY_TILE);
             float* mixed = sums.mixed + r * value_dim;
-            if (rows - r >= 3) {
-                mix_values<3>(weights, values, count, call.value_dim, mixed, value_dim);
-                r += 3;
-            } else if (rows - r == 2) {
-                mix_values<2>(weights, values, count, call.value_dim, mixed, value_dim);
-                r += 2;
-            } else {
-                mix_values<1>(weights, values, count, call.value_dim, mixed, value_dim);
-                r += 1;
-            }
+            const T* const* soon = r == 0 && next < piece.last_key ? next_keys : nullptr;
+            some = rows_at_once(rows - r);
+            if (some == 3)
+                Way::template mix<3>(weights, values, count, call.value_dim, mixed, value_dim, soon, call.key_dim);
+            else if (some == 2)
+                Way::template mix<2>(weights, values, count, call.value_dim, mixed, value_dim, soon, call.key_dim);
+            else
+                Way::template mix<1>(weights, values, count, call.value_dim, mixed, value_dim, soon, call.key_dim);
         }
     }
 }
@@ -340,7 +380,7 @@ DUOPOOL_INLINE void attend_staged(const AttentionCall& call, const Piece& piece,
                          KEY_TILE, false);
             for (int64_t i = 0; i < some; ++i) {
                 const int64_t row = r + i;
-                const float shrink = weigh(call, work.scores + i * KEY_TILE, firsts[i], lasts[i], last_seen,
+                const float shrink = weigh(call, 1, work.scores + i * KEY_TILE, firsts[i], lasts[i], last_seen,
                                            sums.largest + row, sums.total + row);
                 if (shrink != 1) shrink_row(sums.mixed + row * value_dim, value_dim, shrink);
             }
@@ -377,16 +417,34 @@ DUOPOOL_INLINE void write_rows(const AttentionCall& call, const Piece& piece, Su
     }
 }
 
+#ifdef DUOPOOL_DOTS
+#include "paged_attention/attention_dots.h"
+#endif
+
+template <class T>
+DUOPOOL_INLINE void attend_rows(T, const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
+    stage_query<T>(call, piece, work.query);
+    if (piece.num_rows <= FEW_ROWS)
+        attend_in_place<T, Expanded<T>>(call, piece, work, sums);
+    else
+        attend_staged<T>(call, piece, work, sums);
+}
+#ifdef DUOPOOL_DOTS
+DUOPOOL_INLINE void attend_rows(Bfloat16, const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
+    stage_query_pairs(call, piece, (Bfloat16*)work.query);
+    if (piece.num_rows <= FEW_ROWS)
+        attend_in_place<Bfloat16, Dots>(call, piece, work, sums);
+    else
+        attend_staged_dots(call, piece, work, sums);
+}
+#endif
+
 template <class T>
 DUOPOOL_TARGET void attend(const AttentionCall& call, const Piece& piece, float* memory, float* partial) {
     Workspace work = cut(call, memory);
     Sums sums = partial ? partial_sums(partial, piece.num_rows) : work.sums;
     clear(sums, piece.num_rows, padded(call.value_dim));
-    stage_query<T>(call, piece, work.query);
-    if (piece.num_rows <= FEW_ROWS)
-        attend_in_place<T>(call, piece, work, sums);
-    else
-        attend_staged<T>(call, piece, work, sums);
+    attend_rows(T{}, call, piece, work, sums);
     if (!partial) write_rows<T>(call, piece, sums);
 }
 
