@@ -73,6 +73,11 @@ overload: $(STAMP) ## Goodput at ten times the peak load for a minute; 100 clien
 	@$(BIN)/python benchmarks/overload.py
 	@$(BIN)/python benchmarks/slow_clients.py
 
+# Where the peers are installed (docs/benchmarks.md): make bench-peers PEERS="--vllm … --llama-server … --gguf …"
+.PHONY: bench-peers
+bench-peers: $(STAMP) ## Beside vLLM and llama.cpp: table, HTML report and numbers in benchmarks/peers-report
+	@$(BIN)/python benchmarks/bench_peers.py $(PEERS)
+
 proto: $(STAMP) ## Generate the code of duopool/proto/*.proto
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out . --pyi_out . --grpc_python_out . duopool/proto/*.proto
 
