@@ -19,7 +19,7 @@ import torch  # loads the OpenMP runtime that the library's own symbols are reso
 
 log = logging.getLogger(__name__)
 
-ABI = 3
+ABI = 4
 
 
 class Isa(IntEnum):
@@ -67,6 +67,10 @@ def _declare(calls: ctypes.CDLL) -> None:
     calls.duopool_panel_width.restype = number
     calls.duopool_pack_weight.argtypes = [flag, flag, pointer, number, number, number, pointer]
     calls.duopool_pack_weight.restype = None
+    calls.duopool_quantised_panel_bytes.argtypes = [flag, flag, number]
+    calls.duopool_quantised_panel_bytes.restype = number
+    calls.duopool_pack_quantised.argtypes = [flag, flag, pointer, number, number, number, pointer]
+    calls.duopool_pack_quantised.restype = None
     calls.duopool_linear.argtypes = [
         *(flag, flag, flag, pointer, number, number, pointer),
         *(number, number, pointer, pointer, number, flag),

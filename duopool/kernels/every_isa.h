@@ -16,6 +16,7 @@ namespace {
 namespace portable {
 #include "vectors.h"
 #include "word_products.h"
+#include "byte_products.h"
 #include DUOPOOL_KERNEL_BODY
 }  // namespace portable
 }  // namespace
@@ -33,6 +34,7 @@ namespace {
 namespace avx2 {
 #include "vectors.h"
 #include "word_products.h"
+#include "byte_products.h"
 #include DUOPOOL_KERNEL_BODY
 }  // namespace avx2
 }  // namespace
@@ -48,6 +50,7 @@ namespace {
 namespace avx512 {
 #include "vectors.h"
 #include "word_products.h"
+#include "byte_products.h"
 #include DUOPOOL_KERNEL_BODY
 }  // namespace avx512
 }  // namespace
@@ -66,6 +69,7 @@ namespace {
 namespace avx512_dots {
 #include "vectors.h"
 #include "word_products.h"
+#include "byte_products.h"
 #include DUOPOOL_KERNEL_BODY
 }  // namespace avx512_dots
 }  // namespace

@@ -218,10 +218,18 @@ def linear(x_TK: Tensor, weight: PackedWeight | Tensor, bias: Tensor | None = No
     return linear_cpu.linear(library(), x_TK, weight, bias)
 
 
-def pack_stack(weights: StackWeights) -> PackedStack | None:
-    """Prepare a whole decoder for `decoder_stack`; None where layer by layer is faster, or all there is."""
+def pack_stack(weights: StackWeights, bits: int | None = None) -> PackedStack | None:
+    """Prepare a whole decoder for `decoder_stack`; None where layer by layer is faster, or all there is.
+
+    With `bits` (8 or 4) weights of products are rounded to nearest, in groups of 32 inputs with a bfloat16 scale each;
+    the head keeps 8 bits. Activations meet them as bytes, scaled by row and group.
+    """
+    if bits not in (None, 8, 4):
+        raise ValueError(f"weights of {bits} bits; 8 and 4 are known")
     cpu = library() if weights.embedding.is_cpu else None
-    return None if cpu is None or cpu.torch_has_bfloat16_tiles else PackedStack(cpu, weights)
+    if cpu is None or (cpu.torch_has_bfloat16_tiles and bits is None):
+        return None
+    return PackedStack(cpu, weights, bits)
 
 
 def decoder_stack(

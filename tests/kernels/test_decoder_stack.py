@@ -16,6 +16,7 @@ from duopool.kernels.decoder_stack import cpu
 from duopool.kernels.decoder_stack.cpu import PackedStack
 from duopool.kernels.decoder_stack.reference import decoder_stack as reference
 from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, StackWeights
+from duopool.kernels.linear.reference import rounded_to
 
 COMPILED = library()
 ISAS = [isa for isa in Isa if COMPILED is not None and isa <= COMPILED.isa]
@@ -168,6 +169,49 @@ def test_agrees_with_the_reference(
         for mine, other in ((keys, expected_keys), (values, expected_values)):
             worst = float(other.nan_to_num().abs().max())
             torch.testing.assert_close(mine, other, rtol=limit, atol=limit * worst, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name.lower())
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_few_bits_are_rounded_as_the_reference_rounds_them(isa: Isa, bits: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(11)
+    for intermediate, spans, has_bias in ((45, [(3, 1)], False), (64, [(0, 15), (9, 4)], True)):
+        weights = make_weights(generator, dtype, intermediate=intermediate, has_bias=has_bias)
+        batch = make_batch(generator, 77, spans)
+        caches = make_caches(generator, weights, batch)
+        expected = reference(rounded_weights(weights, bits), copied(caches), *batch)
+        found = cpu.decoder_stack(PackedStack(compiled(isa), weights, bits), caches, *batch)
+        # Activations are bytes: half a step of 1/127 of the largest in its group each, averaged over the inputs.
+        limit = 0.05 * float(expected.abs().max())
+        assert float((found - expected).abs().max()) < limit
+        assert float((found - expected).abs().mean()) < limit / 5
+
+
+def rounded_weights(weights: StackWeights, bits: int) -> StackWeights:
+    def rounded(projection: Projection, to: int) -> Projection:
+        return Projection(weight=rounded_to(projection.weight, to), bias=projection.bias)
+
+    names = ("qkv", "out", "gate", "up", "down")
+    layers = [
+        replace(layer, **{name: rounded(getattr(layer, name), bits) for name in names}) for layer in weights.layers
+    ]
+    return replace(weights, layers=layers, head=rounded(weights.head, 8))
+
+
+@needs_library
+@pytest.mark.parametrize("bits", [8, 4])
+def test_not_a_number_survives_weights_of_few_bits(bits: int) -> None:
+    generator = torch.Generator().manual_seed(12)
+    weights = make_weights(generator, torch.bfloat16)
+    weights.embedding[5, 3] = float("nan")
+    batch = make_batch(generator, 77, [(0, 1), (0, 1)])
+    batch[0] = torch.tensor([5, 6])
+    stack = PackedStack(compiled(ISAS[-1]), weights, bits)
+    found = cpu.decoder_stack(stack, make_caches(generator, weights, batch), *batch)
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()
 
 
 @needs_library

@@ -16,7 +16,13 @@ _POINTER, _NUMBER, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int3
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (("panels", _POINTER), ("bias", _POINTER), ("in_features", _NUMBER), ("out_features", _NUMBER))
+    _fields_ = (
+        ("panels", _POINTER),
+        ("bias", _POINTER),
+        ("in_features", _NUMBER),
+        ("out_features", _NUMBER),
+        ("bits", _NUMBER),
+    )
 
 
 class _Layer(ctypes.Structure):
@@ -94,9 +100,10 @@ _PROBLEMS = {
 class PackedStack:
     """A decoder's weights as the kernel reads them. The originals may be freed, but for the embedding."""
 
-    def __init__(self, cpu: CpuLibrary, weights: StackWeights) -> None:
-        """Raises ValueError for weights that the kernel does not take."""
+    def __init__(self, cpu: CpuLibrary, weights: StackWeights, bits: int | None = None) -> None:
+        """`bits`: round the products to 8 or 4 bits. Raises ValueError for weights that the kernel does not take."""
         self.cpu = cpu
+        self._bits = bits or 0
         self.dtype = weights.embedding.dtype
         self.vocab_size, hidden = weights.embedding.shape
         self._kept: list[object] = []
@@ -105,7 +112,8 @@ class PackedStack:
         layers = (_Layer * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
         self.model = _Model(
             layers,
-            self._matrix(weights.head),
+            # The last product decides between tokens that are close: it keeps 8 bits.
+            self._matrix(weights.head, 8 if bits else 0),
             self._keep(weights.embedding.detach().contiguous()),
             self._float(weights.final_norm),
             self._float(weights.cos_PD),
@@ -127,35 +135,38 @@ class PackedStack:
 
     def _layer(self, layer: LayerWeights) -> _Layer:
         return _Layer(
-            self._matrix(layer.qkv),
-            self._matrix(layer.out),
+            self._matrix(layer.qkv, self._bits),
+            self._matrix(layer.out, self._bits),
             self._gate_and_up(layer),
-            self._matrix(layer.down),
+            self._matrix(layer.down, self._bits),
             self._float(layer.attention_norm),
             self._float(layer.mlp_norm),
             layer.window or 0,
         )
 
-    def _matrix(self, projection: Projection) -> _Matrix:
+    def _matrix(self, projection: Projection, bits: int) -> _Matrix:
         out_features, in_features = projection.weight.shape
         bias = None if projection.bias is None else self._float(projection.bias)
-        return _Matrix(self._keep(self._panels(projection.weight)), bias, in_features, out_features)
+        return _Matrix(self._keep(self._panels(projection.weight, bits)), bias, in_features, out_features, bits)
 
     def _gate_and_up(self, layer: LayerWeights) -> _Matrix:
         """Their panels by turns, so that both halves of a product end up side by side."""
-        panels = torch.stack([self._panels(layer.gate.weight), self._panels(layer.up.weight)], dim=1)
-        num_pairs, width = panels.shape[0], panels.shape[-1]
+        parts = [self._panels(each.weight, self._bits) for each in (layer.gate, layer.up)]
+        panels = torch.stack(parts, dim=1)
+        num_pairs, width = panels.shape[0], self.cpu.calls.duopool_panel_width(self.cpu.isa)
         bias = None
         if layer.gate.bias is not None and layer.up.bias is not None:
             both = torch.zeros(2, num_pairs * width)
             both[0, : len(layer.gate.bias)] = layer.gate.bias
             both[1, : len(layer.up.bias)] = layer.up.bias
             bias = self._float(both.view(2, num_pairs, width).transpose(0, 1))
-        return _Matrix(self._keep(panels), bias, layer.gate.weight.shape[1], 2 * num_pairs * width)
+        return _Matrix(self._keep(panels), bias, layer.gate.weight.shape[1], 2 * num_pairs * width, self._bits)
 
-    def _panels(self, weight: Tensor) -> Tensor:
+    def _panels(self, weight: Tensor, bits: int) -> Tensor:
         if weight.dtype != self.dtype:
             raise ValueError(f"a weight is {weight.dtype}, the embedding {self.dtype}")
+        if bits:
+            return linear_cpu.pack_quantised(weight, bits, self.cpu)
         panels = linear_cpu.pack(weight, linear_cpu.ANY_ROWS, self.cpu).panels
         assert panels is not None
         return panels

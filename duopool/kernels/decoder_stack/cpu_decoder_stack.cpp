@@ -111,13 +111,14 @@ DUOPOOL_EXPORT int32_t duopool_decoder_stack(const StackModel* model_of_call, co
     memory.partials = at_least(scratch.partials, cut_layers(model, attention, floats_per_row, scratch));
     memory.plans = scratch.plan_of_layer.data();
     PhaseState* const phases = scratch.team.begin(2 + 7 * model.num_layers);
-    const int64_t widest = std::max({model.hidden, heads, model.intermediate}) + 1;
+    // Factors take at most a float each, or a byte and a share of their group's scale.
+    const int64_t widest = std::max({model.hidden, heads, model.intermediate}) + 64;
 #pragma omp parallel num_threads(call.num_threads)
     {
-        static thread_local std::vector<float> workspace, factors;
+        static thread_local std::vector<float> workspace, row, factors;
         StackThread thread{Member(phases),
                            at_least(workspace, DUOPOOL_CALL(model.isa, workspace_floats(attention))),
-                           at_least(factors, MOST_ROWS_OF_BLOCK * widest)};
+                           at_least(row, widest), at_least(factors, MOST_ROWS_OF_BLOCK * widest)};
         if (model.is_bfloat16)
             DUOPOOL_CALL(model.isa, run_stack<Bfloat16>(model, call, attention, memory, thread));
         else

@@ -12,6 +12,7 @@ struct StackMatrix {
     const void* panels;  // linear/panel_product.h
     const float* bias;   // [out_features] or null
     int64_t in_features, out_features;
+    int64_t bits;  // 8 or 4: byte_products.h; 0: as the model's type
 };
 
 struct StackLayer {

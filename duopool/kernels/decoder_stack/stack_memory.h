@@ -19,6 +19,6 @@ struct StackMemory {
 struct StackThread {
     Member member;
     float* attention;  // attention_piece.h's workspace
+    float* row;        // [widest input]
     void* factors;     // [MOST_ROWS_OF_BLOCK, widest input]: a block of activations as the products take them
-    int64_t phase_of_factors = -1, row_of_factors = -1;
 };

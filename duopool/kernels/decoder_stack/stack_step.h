@@ -6,16 +6,16 @@
 #include "linear/panel_product.h"
 #include "paged_attention/attention_piece.h"
 
-// How weights of T lie in panels, and as what activations meet them.
+// How a matrix lies in panels, and as what activations meet it.
 template <class T>
-struct Panels;
+struct Whole;
 template <>
-struct Panels<float> {
+struct Whole<float> {
     typedef float Element;
     typedef float Factor;
 };
 template <>
-struct Panels<Bfloat16> {
+struct Whole<Bfloat16> {
     typedef uint32_t Element;
 #ifdef DUOPOOL_DOTS
     typedef Bfloat16 Factor;
@@ -23,6 +23,15 @@ struct Panels<Bfloat16> {
     typedef float Factor;
 #endif
 };
+template <int BITS>
+struct Quantised {
+    typedef Packed<BITS> Element;
+    typedef ByteRow Factor;
+};
+
+static inline int64_t factor_stride(const float*, int64_t depth) { return depth; }
+static inline int64_t factor_stride(const Bfloat16*, int64_t depth) { return depth; }
+static inline int64_t factor_stride(const ByteRow*, int64_t depth) { return byte_row_stride(depth); }
 
 // out = weight * x / sqrt(mean(x^2) + eps)
 template <class Y>
@@ -37,11 +46,10 @@ DUOPOOL_TARGET void normalise(const float* x, int64_t count, const float* weight
         store_line(out + i, load_line(x + i, count - i) * factor * load_line(weight + i, count - i), count - i);
 }
 
-// Where a product's activations come from: `rows(first, count, scratch)` gives `count` rows as factors, with `stride()`
-// elements between them, in scratch if they must be made first.
+// Where a product's activations come from: `rows(first, count, scratch, row)` gives `count` rows as factors, in scratch if
+// they must be made first; `row` is room for one of them in float32.
 
 // Rows of the residual stream, normalised; `picked` names them, or they are all in order.
-template <class Factor>
 struct NormalisedRows {
     const float* residual;
     const float* weight;
@@ -49,38 +57,49 @@ struct NormalisedRows {
     float eps;
     const int64_t* picked;
 
-    static constexpr bool IS_MADE = true;
-    int64_t stride() const { return hidden; }
-    DUOPOOL_TARGET const Factor* rows(int64_t first, int64_t count, Factor* scratch) const {
+    template <class Factor>
+    DUOPOOL_TARGET const Factor* rows(int64_t first, int64_t count, Factor* scratch, float* row) const {
+        const int64_t stride = factor_stride(scratch, hidden);
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t row = picked ? picked[first + i] : first + i;
-            normalise(residual + row * hidden, hidden, weight, eps, scratch + i * hidden);
+            const float* from = residual + (picked ? picked[first + i] : first + i) * hidden;
+            write(from, scratch + i * stride, row);
         }
         return scratch;
+    }
+
+   private:
+    template <class Factor>
+    DUOPOOL_TARGET void write(const float* from, Factor* to, float*) const {
+        normalise(from, hidden, weight, eps, to);
+    }
+    DUOPOOL_TARGET void write(const float* from, ByteRow* to, float* row) const {
+        normalise(from, hidden, weight, eps, row);
+        quantise_row(row, hidden, to);
     }
 };
 
 // Rows of a tensor of T.
-template <class T, class Factor>
+template <class T>
 struct StoredRows {
     const T* from;
     int64_t width;
 
-    static constexpr bool IS_MADE = true;
-    int64_t stride() const { return width; }
-    DUOPOOL_TARGET const Factor* rows(int64_t first, int64_t count, Factor* scratch) const {
+    // As they are.
+    const T* rows(int64_t first, int64_t, T*, float*) const { return from + first * width; }
+    DUOPOOL_TARGET const ByteRow* rows(int64_t first, int64_t count, ByteRow* scratch, float* row) const {
+        const int64_t stride = byte_row_stride(width);
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t at = 0; at < width; at += WIDTH)
+                store_line(row + at, load_line(from + (first + i) * width + at, width - at), width - at);
+            quantise_row(row, width, scratch + i * stride);
+        }
+        return scratch;
+    }
+    template <class Factor>
+    DUOPOOL_TARGET const Factor* rows(int64_t first, int64_t count, Factor* scratch, float*) const {
         expand(from + first * width, scratch, count * width);
         return scratch;
     }
-};
-template <class T>
-struct StoredRows<T, T> {
-    const T* from;
-    int64_t width;
-
-    static constexpr bool IS_MADE = false;
-    int64_t stride() const { return width; }
-    const T* rows(int64_t first, int64_t, T*) const { return from + first * width; }
 };
 
 // gated = silu(gate) * up; a unit is one panel of each.
@@ -106,27 +125,38 @@ struct GateSums {
     }
 };
 
-// One phase: finish(rows * matrix).
-template <class T, class Rows, class Finish>
-DUOPOOL_TARGET void product(StackThread& thread, const StackMatrix& matrix, const Rows& source, int64_t num_rows,
-                            int64_t num_threads, const Finish& finish_at) {
-    typedef typename Panels<T>::Factor Factor;
-    const int64_t num_units = (matrix.out_features + LINE - 1) / LINE;
-    const RowBlocks blocks(num_rows, matrix.in_features * sizeof(Factor), num_units, num_threads);
-    const int64_t phase = thread.member.phase();
+template <class Panels, class Rows, class Finish>
+DUOPOOL_TARGET void product_of(StackThread& thread, const StackMatrix& matrix, const Rows& source, int64_t num_rows,
+                               int64_t num_threads, const Finish& finish_at) {
+    typedef typename Panels::Factor Factor;
+    const int64_t num_units = (matrix.out_features + LINE - 1) / LINE, depth = matrix.in_features;
+    const RowBlocks blocks(num_rows, depth * sizeof(Factor), num_units, num_threads);
     const Factor* rows = nullptr;
+    int64_t row_of_factors = -1;
     for (int64_t item; thread.member.next(blocks.num_pieces(), item);) {
         const RowBlocks::Piece piece = blocks.piece(item);
-        if (!Rows::IS_MADE || thread.phase_of_factors != phase || thread.row_of_factors != piece.row) {
-            rows = source.rows(piece.row, piece.num_rows, (Factor*)thread.factors);
-            thread.phase_of_factors = phase;
-            thread.row_of_factors = piece.row;
+        if (row_of_factors != piece.row) {
+            rows = source.rows(piece.row, piece.num_rows, (Factor*)thread.factors, thread.row);
+            row_of_factors = piece.row;
         }
         auto finish = finish_at;
         finish.y += piece.row * finish.width;
-        multiply_panels(rows, source.stride(), piece.num_rows, (const typename Panels<T>::Element*)matrix.panels,
-                        piece.first_unit, piece.last_unit, matrix.in_features, matrix.out_features, finish);
+        multiply_panels(rows, factor_stride(rows, depth), piece.num_rows,
+                        (const typename Panels::Element*)matrix.panels, piece.first_unit, piece.last_unit, depth,
+                        matrix.out_features, finish);
     }
+}
+
+// One phase: finish(rows * matrix).
+template <class T, class Rows, class Finish>
+DUOPOOL_TARGET void product(StackThread& thread, const StackMatrix& matrix, const Rows& source, int64_t num_rows,
+                            int64_t num_threads, const Finish& finish) {
+    if (matrix.bits == 8)
+        product_of<Quantised<8>>(thread, matrix, source, num_rows, num_threads, finish);
+    else if (matrix.bits == 4)
+        product_of<Quantised<4>>(thread, matrix, source, num_rows, num_threads, finish);
+    else
+        product_of<Whole<T>>(thread, matrix, source, num_rows, num_threads, finish);
 }
 
 // Rotary position embedding in the half-split order of transformers' `rotate_half`.
@@ -175,7 +205,6 @@ constexpr int64_t TOKENS_PER_PIECE = 8;
 template <class T>
 DUOPOOL_TARGET void run_stack(const StackModel& model, const StackCall& call, const AttentionCall& attention,
                               const StackMemory& memory, StackThread& thread) {
-    typedef typename Panels<T>::Factor Factor;
     const int64_t num_tokens = call.num_tokens, threads = call.num_threads, dim = model.head_dim;
     const int64_t num_groups = (num_tokens + TOKENS_PER_PIECE - 1) / TOKENS_PER_PIECE;
     Member& member = thread.member;
@@ -186,7 +215,7 @@ DUOPOOL_TARGET void run_stack(const StackModel& model, const StackCall& call, co
         const StackLayer& layer = model.layers[index];
         const int64_t qkv_width = layer.qkv.out_features, mixed_width = model.num_heads * dim;
         product<T>(thread, layer.qkv,
-                   NormalisedRows<Factor>{memory.residual, layer.attention_norm, model.hidden, model.eps, nullptr},
+                   NormalisedRows{memory.residual, layer.attention_norm, model.hidden, model.eps, nullptr},
                    num_tokens, threads, StoreSums<float, float>{memory.qkv, qkv_width, layer.qkv.bias});
         for (int64_t group; member.next(num_groups, group);)
             for (int64_t i = group * TOKENS_PER_PIECE; i < num_tokens && i < (group + 1) * TOKENS_PER_PIECE; ++i)
@@ -204,15 +233,15 @@ DUOPOOL_TARGET void run_stack(const StackModel& model, const StackCall& call, co
             for (int64_t i; member.next(plan.splits.size(), i);)
                 merge<T>(here, plan.splits[i], memory.partials + plan.splits[i].first_partial);
         }
-        product<T>(thread, layer.out, StoredRows<T, Factor>{(const T*)memory.mixed, mixed_width}, num_tokens, threads,
+        product<T>(thread, layer.out, StoredRows<T>{(const T*)memory.mixed, mixed_width}, num_tokens, threads,
                    AddSums{memory.residual, model.hidden, layer.out.bias});
         product<T>(thread, layer.gate_up,
-                   NormalisedRows<Factor>{memory.residual, layer.mlp_norm, model.hidden, model.eps, nullptr}, num_tokens,
+                   NormalisedRows{memory.residual, layer.mlp_norm, model.hidden, model.eps, nullptr}, num_tokens,
                    threads, GateSums<T>{(T*)memory.gated, model.intermediate, layer.gate_up.bias});
-        product<T>(thread, layer.down, StoredRows<T, Factor>{(const T*)memory.gated, model.intermediate}, num_tokens,
+        product<T>(thread, layer.down, StoredRows<T>{(const T*)memory.gated, model.intermediate}, num_tokens,
                    threads, AddSums{memory.residual, model.hidden, layer.down.bias});
     }
     product<T>(thread, model.head,
-               NormalisedRows<Factor>{memory.residual, model.final_norm, model.hidden, model.eps, call.logits_rows},
+               NormalisedRows{memory.residual, model.final_norm, model.hidden, model.eps, call.logits_rows},
                call.num_rows, threads, StoreSums<float, float>{call.logits, model.vocab_size, model.head.bias});
 }

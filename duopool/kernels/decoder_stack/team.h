@@ -39,10 +39,7 @@ class Team {
 // One thread's way through the phases.
 class Member {
    public:
-    explicit Member(PhaseState* first) : first_(first), state_(first) {}
-
-    // The number of the phase, for what a thread remembers within one.
-    int64_t phase() const { return state_ - first_; }
+    explicit Member(PhaseState* first) : state_(first) {}
 
     // Claims a piece of the `num_pieces` of this phase. False when all are done, by whomever: then the next call
     // belongs to the next phase.
@@ -84,6 +81,6 @@ class Member {
 #endif
     }
 
-    PhaseState *first_, *state_;
+    PhaseState* state_;
     int32_t num_mine_ = 0;
 };

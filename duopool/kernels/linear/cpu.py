@@ -49,6 +49,20 @@ def pack(weight: Tensor, rows: int, cpu: CpuLibrary) -> PackedWeight:
     )
 
 
+def pack_quantised(weight: Tensor, bits: int, cpu: CpuLibrary) -> Tensor:
+    """`weight` rounded to 8 or 4 bits in groups of 32 inputs, as panels of bytes (byte_products.h)."""
+    out_features, in_features = weight.shape
+    num_panels = -(-out_features // cpu.calls.duopool_panel_width(cpu.isa))
+    panels = torch.empty(
+        num_panels, cpu.calls.duopool_quantised_panel_bytes(cpu.isa, bits, in_features), dtype=torch.uint8
+    )
+    source = weight.detach().float().contiguous()
+    cpu.calls.duopool_pack_quantised(
+        cpu.isa, bits, source.data_ptr(), in_features, out_features, in_features, panels.data_ptr()
+    )
+    return panels
+
+
 def linear(cpu: CpuLibrary | None, x_TK: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """See `duopool.kernels.ops.linear`; x is on the CPU, and `cpu` is what the weight was packed for."""
     rows = x_TK.shape[0]

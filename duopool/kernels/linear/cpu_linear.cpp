@@ -7,6 +7,12 @@
 #include <algorithm>
 #include <vector>
 
+// Bytes of a panel of 8 or 4 bits.
+DUOPOOL_EXPORT int64_t duopool_quantised_panel_bytes(int32_t isa, int32_t bits, int64_t depth) {
+    const int64_t groups = DUOPOOL_CALL(isa, num_groups(depth));
+    return groups * (bits == 8 ? DUOPOOL_CONSTANT(isa, Byte::GROUP_BYTES) : DUOPOOL_CONSTANT(isa, Nibble::GROUP_BYTES));
+}
+
 namespace {
 
 constexpr int64_t WORTH_A_THREAD = 100000;  // multiplications
@@ -45,10 +51,28 @@ void pack(int32_t isa, const T* weight, int64_t row_stride, int64_t out_features
                                      std::min(width, out_features - panel * width), depth, panels + panel * size));
 }
 
+template <int BITS>
+void pack_bits(int32_t isa, const float* weight, int64_t row_stride, int64_t out_features, int64_t depth, uint8_t* panels) {
+    const int64_t width = DUOPOOL_CONSTANT(isa, CHUNK), size = duopool_quantised_panel_bytes(isa, BITS, depth);
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = 0; panel < (out_features + width - 1) / width; ++panel)
+        DUOPOOL_CALL(isa, pack_bits<BITS>(weight + panel * width * row_stride, row_stride,
+                                          std::min(width, out_features - panel * width), depth, panels + panel * size));
+}
+
 }  // namespace
 
 // Output columns of a panel.
 DUOPOOL_EXPORT int64_t duopool_panel_width(int32_t isa) { return DUOPOOL_CONSTANT(isa, CHUNK); }
+
+// weight[out_features][depth], float32, to panels of 8 or 4 bits (byte_products.h).
+DUOPOOL_EXPORT void duopool_pack_quantised(int32_t isa, int32_t bits, const float* weight, int64_t row_stride,
+                                           int64_t out_features, int64_t depth, void* panels) {
+    if (bits == 8)
+        pack_bits<8>(isa, weight, row_stride, out_features, depth, (uint8_t*)panels);
+    else
+        pack_bits<4>(isa, weight, row_stride, out_features, depth, (uint8_t*)panels);
+}
 
 // weight[out_features][depth] with `row_stride` elements between rows, float32 or bfloat16, to panels (panel_product.h).
 DUOPOOL_EXPORT void duopool_pack_weight(int32_t isa, int32_t is_bfloat16, const void* weight, int64_t row_stride,

@@ -9,6 +9,13 @@ constexpr int64_t UNIT = 2;          // panels whose sums are finished together
 constexpr int64_t BLOCK_ROWS = 96;   // most rows of one call
 constexpr int64_t LINE = UNIT * CHUNK;
 
+static inline int64_t panel_elements(float, int64_t depth) { return depth * CHUNK; }
+static inline int64_t panel_elements(uint32_t, int64_t depth) { return (depth + 1) / 2 * CHUNK; }
+template <int BITS>
+static inline int64_t panel_elements(Packed<BITS>, int64_t depth) {
+    return (depth + GROUP - 1) / GROUP * Packed<BITS>::GROUP_BYTES;
+}
+
 DUOPOOL_TARGET static inline void pack_panel(const float* weight, int64_t row_stride, int64_t columns, int64_t depth,
                                       float* panel) {
     for (int64_t column = 0; column < CHUNK; ++column)
@@ -78,8 +85,17 @@ DUOPOOL_TARGET static inline void multiply_unit(const float* x, int64_t x_stride
             }
 }
 
-static inline int64_t panel_elements(float, int64_t depth) { return depth * CHUNK; }
-static inline int64_t panel_elements(uint32_t, int64_t depth) { return (depth + 1) / 2 * CHUNK; }
+template <int BITS>
+DUOPOOL_TARGET void multiply_unit(const ByteRow* x, int64_t x_stride, int64_t rows, const Packed<BITS>* panels,
+                                  int64_t count, int64_t depth, float* sums) {
+    const int64_t size = panel_elements(Packed<BITS>{}, depth), num_tiles = (rows + BYTE_ROWS - 1) / BYTE_ROWS;
+    for (int64_t panel = 0; panel < count; ++panel)
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+            const int64_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
+            ByteProducts<BITS>::of[end - row](x + row * x_stride, x_stride, panels + panel * size, depth,
+                                              sums + row * LINE + panel * CHUNK, LINE);
+        }
+}
 
 // What becomes of a unit's sums: `finish(sums, rows, column, columns)`, with columns at most LINE.
 
