@@ -25,4 +25,5 @@ def rounded_to(weight: Tensor, bits: int, group: int = 32) -> Tensor:
     peak = padded.gather(2, padded.abs().argmax(dim=2, keepdim=True))
     scale = (peak.abs() / most if bits == 8 else -peak / (most + 1)).bfloat16().float()
     codes = (padded / torch.where(scale == 0, 1.0, scale)).round().clamp(-most - 1, most)
-    return (codes * scale).view(out_features, -1)[:, :in_features]
+    rounded: Tensor = (codes * scale).view(out_features, -1)[:, :in_features]
+    return rounded
