@@ -121,6 +121,25 @@ class KVCacheManager:
         self._sequences[request_id] = _Sequence(chain, BlockTable(self.block_size, matched), len(matched))
         return len(matched) * self.block_size
 
+    def match_again(self, request_id: RequestId, *, max_cached_tokens: int | None = None) -> int:
+        """Use what became cached since `admit`, in place of blocks that nothing was written to yet.
+
+        Returns how many leading tokens are cached, as `admit` does; never fewer than before. Only for a sequence of
+        which nothing behind its cached prefix is written.
+        """
+        sequence = self._sequence(request_id)
+        keys, start = sequence.chain.keys, sequence.num_published
+        limit = len(keys) if max_cached_tokens is None else min(len(keys), max_cached_tokens // self.block_size)
+        matched = self._cache.match(keys[:limit])[start:]
+        if matched:
+            end = start + len(matched)
+            unwritten = sequence.table.block_ids[start:end]
+            self._retain(matched)
+            sequence.table.block_ids[start:end] = matched
+            sequence.num_published = end
+            self._release(unwritten)
+        return sequence.num_published * self.block_size
+
     def reserve(self, request_id: RequestId, num_tokens: int) -> None:
         """Grow the table to hold `num_tokens` tokens, evicting cached blocks when the free list is short.
 

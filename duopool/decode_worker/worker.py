@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from duopool.core.config import WorkerConfig
 from duopool.core.errors import OutOfBlocks
 from duopool.core.handoff import slot as slots
-from duopool.core.handoff.slot import Slot
+from duopool.core.handoff.slot import Slot, SlotPhase
 from duopool.core.kv_manager import KVCacheManager
 from duopool.core.ledger import WorkerLedger
 from duopool.core.messages import (
@@ -295,7 +295,9 @@ class DecodeWorker:
         else:
             if request.has_begun:
                 reach(Failpoint.RESERVED)
-            self._do(request, self._handoffs.advance(request, slots.Listed(message, self._table(request))))
+            num_cached_blocks = self._match_again(request, request.slot)
+            listed = slots.Listed(message, self._table(request), num_cached_blocks)
+            self._do(request, self._handoffs.advance(request, listed))
 
     def _migrate(self, command: Migrate, session: SessionId, *, now: float) -> None:
         request = self._requests.get(command.request_id)
@@ -339,6 +341,14 @@ class DecodeWorker:
     def _table(self, request: DecodeRequest) -> tuple[BlockId, ...]:
         """The request's blocks; none while it waits."""
         return tuple(self._manager.block_ids(request.table)) if self._manager.has(request.table) else ()
+
+    def _match_again(self, request: DecodeRequest, slot: Slot) -> int:
+        """Leading blocks that need no read: twins of a burst are reserved before the first brings what they share."""
+        if slot.phase is SlotPhase.RESERVED:
+            limit = request.max_cached_tokens
+            request.num_cached_tokens = self._manager.match_again(request.table, max_cached_tokens=limit)
+            request.num_computed_tokens = request.num_cached_tokens
+        return request.num_cached_tokens // self._manager.block_size
 
     def _make_room(self, request: DecodeRequest, num_blocks: int) -> bool:
         """Let the table hold `num_blocks` blocks, if there is one; a request that moves here grows on its way."""

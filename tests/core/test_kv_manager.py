@@ -33,6 +33,8 @@ class Request:
     num_computed: int
     num_reserved: int = 0
     """Tokens the table was asked to hold."""
+    is_fresh: bool = True
+    """Nothing but the cached prefix is written."""
 
 
 @dataclass
@@ -87,6 +89,7 @@ class ManagerMachine(RuleBasedStateMachine):
             self.manager.reserve(request_id, end)
             request.num_reserved = max(request.num_reserved, end)
             copies = self.manager.prepare_write(request_id, request.num_computed, end)
+            request.is_fresh = request.is_fresh and end == request.num_computed
         except OutOfBlocks:
             assert self.manager.num_available < 2 * self.manager.blocks_for(end)
             return
@@ -99,6 +102,23 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.publish(request_id, end)
         keys = block_keys(request.tokens[:end], self.block_size, salt=request.salt)
         assert self.manager.lookup(keys) == len(keys)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), limit=st.none() | st.integers(0, 14))
+    def match_again(self, data: st.DataObject, limit: int | None) -> None:
+        """A sequence of which nothing but its cached prefix is written may use more of the cache."""
+        request_id = self.any_request(data)
+        request = self.requests[request_id]
+        if not request.is_fresh:
+            return
+        keys = self.manager.keys(request.tokens, request.salt)
+        wanted = self.manager.lookup(keys if limit is None else keys[: limit // self.block_size]) * self.block_size
+        available = self.manager.num_available
+        cached = self.manager.match_again(request_id, max_cached_tokens=limit)
+        assert cached == max(wanted, request.num_computed)
+        assert self.manager.num_available <= available + cached
+        request.num_computed = cached
+        request.num_reserved = max(request.num_reserved, cached)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), tokens=TOKENS)
@@ -116,7 +136,9 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.fork(parent, child)
         assert list(self.manager.block_ids(child)) == list(self.manager.block_ids(parent))
         assert self.manager.num_free == free
-        self.requests[child] = Request(request.salt, list(request.tokens), request.num_computed, request.num_reserved)
+        self.requests[child] = Request(
+            request.salt, list(request.tokens), request.num_computed, request.num_reserved, request.is_fresh
+        )
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())

@@ -53,6 +53,22 @@ def test_a_prefix_in_flight_is_computed_once(budget: int) -> None:
         assert pair.streams[f"r{index}"] == expected_stream([*PREFIX, 1, 2, index], params)
 
 
+def test_twins_that_were_reserved_early_pull_what_the_first_has_brought_only_once() -> None:
+    pair = make_pair(prefill={"max_num_batched_tokens": 8})
+    for index in range(4):
+        pair.send(pair.request(f"r{index}", [*PREFIX, 1, 2, index], max_tokens=2, ignore_eos=True))
+    assert [event.num_cached_tokens for event in pair.events if isinstance(event, Reserved)] == [0] * 4
+    for _ in range(30):
+        pair.step_prefill()
+        pair.run_reads()
+    assert pair.reader.num_blocks_read < 4 * 6
+    pair.run()
+    for index in range(4):
+        params = pair.request("x", [0], max_tokens=2, ignore_eos=True).params
+        assert pair.streams[f"r{index}"] == expected_stream([*PREFIX, 1, 2, index], params)
+    pair.assert_nothing_is_held()
+
+
 def test_a_waiting_twin_takes_over_when_the_first_is_cancelled() -> None:
     pair = make_pair(prefill={"max_num_batched_tokens": 8})
     for name in ("r0", "r1"):

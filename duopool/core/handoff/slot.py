@@ -69,7 +69,9 @@ class Listed:
 
     message: BlocksReady
     blocks: tuple[BlockId, ...] = ()
-    """The whole block table, if it had to grow for them."""
+    """The whole block table, if there is one: it may have grown, or hold more of the prefix than at first."""
+    num_cached_blocks: int = 0
+    """Leading blocks of it that need no read; counts only as long as no read was begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,21 +162,21 @@ def transition(slot: Slot, event: SlotEvent) -> SlotStep:
                 num_requested=num_cached_blocks,
             )
             return _advance(slot)
-        case Listed(message=message, blocks=blocks):
-            is_old = message.first_block < len(slot.sealed) or slot.first_token is not None
-            if slot.phase is SlotPhase.QUARANTINED or is_old:
+        case Listed(message=message, blocks=blocks, num_cached_blocks=num_cached_blocks):
+            if slot.phase is SlotPhase.QUARANTINED:
+                return slot, ()
+            slot = replace(slot, blocks=blocks or slot.blocks)
+            if slot.phase is SlotPhase.RESERVED:
+                num_cached = max(slot.num_cached_blocks, num_cached_blocks)
+                slot = replace(slot, num_cached_blocks=num_cached, num_requested=num_cached)
+            if message.first_block < len(slot.sealed) or slot.first_token is not None:
                 return slot, ()
             if message.first_block > len(slot.sealed):
                 fault = f"blocks before block {message.first_block} were never listed"
                 return _drop(slot, Refuse(NackReason.TRANSFER_FAILED, fault))
             sealed = slot.sealed + message.blocks
             slot = replace(
-                slot,
-                blocks=blocks or slot.blocks,
-                lease=message.lease,
-                sealed=sealed,
-                first_token=message.first_token,
-                output=message.output,
+                slot, lease=message.lease, sealed=sealed, first_token=message.first_token, output=message.output
             )
             return _advance(slot)
         case ReadEnded(error=error):
