@@ -61,11 +61,17 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
+NO_TOKEN = -1
+NOT_NUMBERS = "the model's logits are not numbers"
+"""Why there is no token: what a request is told that cannot go on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
     """The new token of one request; `logprob` is set when its parameters ask for it."""
 
     token_id: int
+    """`NO_TOKEN` if the logits are NaN or infinite: the request must end."""
     logprob: TokenLogprob | None = None
 
 

@@ -6,7 +6,8 @@ Owns what is counted of steps. What a step computes is the scheduler's to decide
 from __future__ import annotations
 
 from duopool.core.kv_manager import KVCacheManager
-from duopool.core.step import Chunk, SampledToken, StepPlan, StepResult
+from duopool.core.messages import NackReason
+from duopool.core.step import NO_TOKEN, NOT_NUMBERS, Chunk, SampledToken, StepPlan, StepResult
 from duopool.decode_worker.decode_request import DecodePhase, DecodeRequest
 from duopool.decode_worker.scheduler import DecodeScheduler
 from duopool.engine.next_token import next_token
@@ -64,7 +65,13 @@ class Batch:
         return complete
 
     def _take(self, request: DecodeRequest, chunk: Chunk, result: StepResult) -> bool:
-        """True if the request got its last token."""
+        """True if the request got its last token, or can get none."""
+        if chunk.sample is not None and result.tokens[request.table].token_id == NO_TOKEN:
+            if request.phase is DecodePhase.ENDED:
+                return False
+            reason = NackReason.INTERNAL
+            self._outbox.refuse(request.session, request.request_id, request.attempt, reason, NOT_NUMBERS)
+            return True
         request.num_computed_tokens += len(chunk.token_ids)
         self._manager.publish(request.table, request.num_computed_tokens)
         if request.phase is DecodePhase.ENDED:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duopool.core.sampling_params import SamplingParams
-from duopool.core.step import SampledToken, SampleSpec
+from duopool.core.step import NO_TOKEN, SampledToken, SampleSpec
 from duopool.engine.candidates import Candidates, keep_candidates
 from duopool.engine.grammar import GrammarMasks
 from duopool.engine.logit_rules import apply_rules, needs_rules
@@ -32,9 +32,12 @@ def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], masks: GrammarMasks |
     if not specs:
         return []
     logits = logits_RV.float()
-    chosen = _choose(logits, specs, masks).tolist()
+    is_sane = logits.amax(dim=-1).isfinite()  # the largest of a row with a NaN is NaN
+    if not is_sane.all():
+        logits = logits.masked_fill(~is_sane.unsqueeze(1), 0.0)
+    chosen = _choose(logits, specs, masks).masked_fill(~is_sane, NO_TOKEN).tolist()
     logprobs: dict[int, SampledToken] = {}
-    rows = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None]
+    rows = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None and chosen[row] != NO_TOKEN]
     if rows:
         most = max(specs[row].params.logprobs or 0 for row in rows)
         for row, found in zip(rows, token_logprobs(logits[rows], [chosen[row] for row in rows], most), strict=True):

@@ -36,7 +36,7 @@ from duopool.core.messages import (
     Verdict,
     WorkerLoad,
 )
-from duopool.core.step import Runner, StepPlan, StepResult
+from duopool.core.step import NO_TOKEN, NOT_NUMBERS, Runner, StepPlan, StepResult
 from duopool.core.types import LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId
 from duopool.engine.arrivals import Arrivals, Standing, due_at
@@ -318,10 +318,14 @@ class PrefillWorker:
         self, request: PrefillRequest, blocks: tuple[SealedBlock, ...], result: StepResult, *, now: float
     ) -> None:
         """The whole prefix is computed: hand the first token out, and the blocks if more tokens are to follow."""
+        sampled = result.tokens[request.table]
+        if sampled.token_id == NO_TOKEN:
+            self._nack(request, NackReason.INTERNAL, NOT_NUMBERS, now=now)
+            return
         first_token = next_token(
             self._model,
             request.request,
-            result.tokens[request.table],
+            sampled,
             attempt=request.attempt,
             index=len(request.request.output_token_ids),
             max_tokens=self._model.max_model_len,

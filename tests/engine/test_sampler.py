@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duopool.core.sampling_params import SamplingParams
-from duopool.core.step import SampleSpec
+from duopool.core.step import NO_TOKEN, SampledToken, SampleSpec
 from duopool.engine.candidates import SHORT_LIST
 from duopool.engine.logit_rules import apply_rules
 from duopool.engine.sampler import sample
@@ -72,6 +72,20 @@ def test_a_row_is_sampled_the_same_alone_and_in_any_batch(params: list[SamplingP
     assert torch.equal(logits, before)
     assert together == [sample(logits[row : row + 1], [spec])[0] for row, spec in enumerate(specs)]
     assert together == sample(logits.flip(0), specs[::-1])[::-1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_no_number_gives_no_token_and_its_neighbours_their_own(bad: float, temperature: float) -> None:
+    specs = [spec_of(temperature=temperature, top_p=0.9, top_k=5, logprobs=2, seed=row) for row in range(3)]
+    logits = logits_of(3)
+    alone = sample(logits, specs)
+    logits[1, 7] = bad
+    tokens = sample(logits, specs)
+    assert tokens[1] == SampledToken(token_id=NO_TOKEN)
+    assert (tokens[0], tokens[2]) == (alone[0], alone[2])
+    logits[1] = bad
+    assert sample(logits, specs)[1].token_id == NO_TOKEN
 
 
 def test_noise_depends_on_seed_position_and_index_only() -> None:

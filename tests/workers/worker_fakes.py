@@ -38,7 +38,7 @@ from duopool.core.messages import (
     Verdict,
 )
 from duopool.core.sampling_params import SamplingParams
-from duopool.core.step import Chunk, SampledToken, StepPlan, StepResult
+from duopool.core.step import NO_TOKEN, Chunk, SampledToken, StepPlan, StepResult
 from duopool.core.types import BlockId, BlockKey, Incarnation, LeaseId, RequestId, Role, TokenLogprob, WorkerId
 from duopool.core.worker import SessionId
 from duopool.decode_worker.worker import DecodeWorker
@@ -108,6 +108,8 @@ class FakeRunner:
         self.plans: list[StepPlan] = []
         self.during_step: Callable[[], None] = lambda: None
         self.error: Exception | None = None
+        self.bad_length = -1
+        """A sequence of this many tokens gives logits that are no numbers."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
@@ -135,6 +137,9 @@ class FakeRunner:
                 spec = chunk.sample
                 assert context == [*spec.prompt_token_ids, *spec.output_token_ids], "KV of another prefix"
                 token = next_token(context, spec.params.seed)
+                if len(context) == self.bad_length:
+                    tokens[chunk.request_id] = SampledToken(token_id=NO_TOKEN)
+                    continue
                 logprob = None if spec.params.logprobs is None else TokenLogprob(token, -1.0, 1)
                 tokens[chunk.request_id] = SampledToken(token_id=token, logprob=logprob)
         return StepResult(tokens=tokens, prompt_logprobs=logprobs)
