@@ -170,6 +170,9 @@ WRONG = [
     ("/v1/chat/completions", {"messages": CHAT, "logprobs": True, "top_logprobs": 21}, "logprobs"),
     ("/tokenize", {"prompt": "a", "messages": CHAT}, "prompt"),
     ("/detokenize", {"tokens": [300]}, "tokens[0]"),
+    ("/detokenize", {"tokens": [0, -1]}, "tokens[1]"),
+    ("/v1/completions", {"prompt": "a", "stop_token_ids": [1, -(10**9)], "min_tokens": 2}, "stop_token_ids[1]"),
+    ("/v1/completions", {"prompt": [1, 10**30]}, "prompt[1]"),
 ]
 
 

@@ -18,8 +18,6 @@ from duopool.router.http.completion_reply import Completion, CompletionReply
 from duopool.router.http.sampling_fields import SamplingFields
 from duopool.router.traces import TRACEPARENT
 
-MAX_TOKEN_ID = 2**32 - 1
-
 
 class CompletionRequest(SamplingFields):
     """Continue prompts."""
@@ -88,7 +86,4 @@ def routes(generation: Generation) -> APIRouter:
 
 
 def _tokens(token_ids: Sequence[Any], field: str) -> TokenPrompt:
-    for place, token_id in enumerate(token_ids):
-        if not 0 <= token_id <= MAX_TOKEN_ID:
-            raise InvalidRequest(f"{field}[{place}]", f"must be between 0 and {MAX_TOKEN_ID}, got {token_id}")
     return TokenPrompt(token_ids=tuple(token_ids), field=field)

@@ -64,7 +64,7 @@ def routes(generation: Generation) -> APIRouter:
             raise ModelNotFound(f"model {name[:128]!r} is not served; {generation.model_id!r} is")
         return model()
 
-    @router.get("/health", tags=["Operation"])
+    @router.get("/health", response_class=Response, tags=["Operation"])
     async def health() -> Response:
         """200 as long as the router answers at all."""
         return Response()
