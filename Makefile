@@ -78,6 +78,25 @@ overload: $(STAMP) ## Goodput at ten times the peak load for a minute; 100 clien
 bench-peers: $(STAMP) ## Beside vLLM and llama.cpp: table, HTML report and numbers in benchmarks/peers-report
 	@$(BIN)/python benchmarks/bench_peers.py $(PEERS)
 
+.PHONY: clients
+CLIENTS := .venv-clients
+CLIENT_STAMP := $(CLIENTS)/.installed
+ONLY ?=
+clients: $(CLIENT_STAMP) ## Foreign clients, unmodified, against a running system: pass or fail for each (ONLY="locust buf")
+	@$(BIN)/python tests/clients/run.py $(ONLY)
+
+# Two environments, since the load generators pin what the others use; both see the project's own packages behind theirs.
+$(CLIENT_STAMP): $(STAMP) $(wildcard tests/clients/requirements-*.txt)
+	@for name in apis load; do \
+		$(PYTHON) -m venv $(CLIENTS)/$$name; \
+		$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+			> "$$($(CLIENTS)/$$name/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz-project.pth"; \
+		$(CLIENTS)/$$name/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) \
+			-r tests/clients/requirements-$$name.txt; \
+	done
+	@npm install --silent --no-audit --no-fund --prefix $(CLIENTS)/npm @bufbuild/buf
+	@touch $@
+
 proto: $(STAMP) ## Generate the code of duopool/proto/*.proto
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out . --pyi_out . --grpc_python_out . duopool/proto/*.proto
 
@@ -103,6 +122,6 @@ $(STAMP): pyproject.toml setup.py $(KERNEL_SOURCES)
 	@touch $@
 
 clean: ## Remove .venv, builds and caches (the converted model stays in ~/.cache/duopool)
-	@rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(CLIENTS) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@find duopool -name '*.so' -delete

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -318,5 +319,29 @@ def test_the_router_listens_on_a_port_of_its_own() -> None:
                 assert stream.status_code == 200
                 await anext(stream.aiter_lines())
             await eventually(lambda: cluster.router.pools.num_requests == 0)
+
+    asyncio.run(run())
+
+
+def test_a_client_that_stops_reading_loses_its_stream_and_nothing_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real socket that is never read, past all buffers on the way."""
+    monkeypatch.setattr("duopool.router.generation.LINGER_S", 0.1)
+    monkeypatch.setattr("duopool.router.http.answer.LAST_WORD_S", 0.1)
+
+    async def run() -> None:
+        workers = [FakeWorker("prefill-0", "prefill"), FakeWorker("decode-0", "decode", step_s=0.001)]
+        async with FakeCluster(workers, http_port=0, max_unread_tokens=16) as cluster:
+            body = json.dumps({"prompt": "a", "max_tokens": 500, "n": 16, "logprobs": 20, "stream": True}).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(client, ("127.0.0.1", cluster.router.http_port))
+            await loop.sock_sendall(client, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            await eventually(lambda: workers[1].running)
+            await eventually(lambda: workers[1].received(Cancel))
+            await eventually(lambda: cluster.router.pools.num_requests == 0)
+            client.close()
 
     asyncio.run(run())

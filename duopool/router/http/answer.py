@@ -7,6 +7,7 @@ that fails before its first message is answered with a status; later the error i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -24,6 +25,8 @@ from duopool.router.http.errors import error_body
 
 log = logging.getLogger(__name__)
 
+LAST_WORD_S = 1.0
+"""A stream that broke has this long to say so before its connection is closed."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -88,7 +91,10 @@ class EventStream(Response):
                 raise  # the application's error handlers give it a status
             if not isinstance(error, DuopoolError):
                 log.exception("a stream failed in a way that nobody planned for")
-            await events.write([error_body(error)], DONE, more=False)
+            with contextlib.suppress(TimeoutError):
+                # A client that has stopped reading takes no error either.
+                async with asyncio.timeout(LAST_WORD_S):
+                    await events.write([error_body(error)], DONE, more=False)
 
     async def _run(self, events: _Events) -> None:
         reply = self._reply
