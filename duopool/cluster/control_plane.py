@@ -6,6 +6,7 @@ their own connections, and a worker that dies is forked anew by its host. Placin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 logger = logging.getLogger(__name__)
 
 PROCESS_NAME = "gcs_server"
+STOP_TIMEOUT_S = 5.0
 _PORT = re.compile(r"^--gcs_server_port=.*")
 
 
@@ -23,7 +25,7 @@ class ControlPlane:
 
     def __init__(self, gcs_address: str) -> None:
         """`gcs_address` is host:port of the running GCS, whose successors listen there too."""
-        (process,) = [child for child in psutil.Process().children(recursive=True) if child.name() == PROCESS_NAME]
+        process = max(filter(_is_gcs, psutil.Process().children(recursive=True)), key=psutil.Process.create_time)
         port = gcs_address.rpartition(":")[2]
         self._command = [_PORT.sub(f"--gcs_server_port={port}", argument) for argument in process.cmdline()]
         self._environment = process.environ()
@@ -38,9 +40,10 @@ class ControlPlane:
         """Start it again if it has died."""
         if is_alive(self._process):
             return
+        self.stop()
         logger.warning("Ray's control plane ended; starting it again")
-        # The janitor ends it by the folder on its command line.
-        child = psutil.Popen(
+        # If this process dies, the janitor finds it by the folder on its command line.
+        self._process = psutil.Popen(
             self._command,
             env=self._environment,
             stdin=subprocess.DEVNULL,
@@ -48,7 +51,20 @@ class ControlPlane:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self._process = child
+
+    def stop(self) -> None:
+        """End it, after the rest of Ray. Safe to call twice."""
+        with contextlib.suppress(psutil.Error):
+            self._process.kill()
+        with contextlib.suppress(psutil.Error):
+            self._process.wait(timeout=STOP_TIMEOUT_S)
+
+
+def _is_gcs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.name() == PROCESS_NAME and is_alive(process))
+    except psutil.Error:
+        return False
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -55,6 +55,8 @@ class RayCluster:
         import ray
 
         ray.shutdown()
+        if self.control_plane is not None:
+            self.control_plane.stop()
         if self.janitor is not None:
             self.janitor.clear_up()
 

@@ -17,6 +17,7 @@ from random import Random
 import psutil
 
 from duopool.cluster.admin_access import admin_stub
+from duopool.cluster.control_plane import is_alive
 from duopool.core.errors import DuopoolError
 from duopool.core.types import Role
 from duopool.engine.failpoints import FAILPOINTS, Failpoint, arm
@@ -126,10 +127,10 @@ class Killer:
     def _dies_by_itself(self, victim: pb.WorkerState, failpoint: Failpoint) -> bool:
         file = arm(self._folder, victim.worker_id, failpoint, passes=self._random.randint(0, MOST_PASSES))
         deadline = time.monotonic() + ARM_TIMEOUT_S
-        while _is_alive(victim.pid):
+        while _lives(victim.pid):
             if time.monotonic() > deadline:
                 file.unlink(missing_ok=True)
-                return not _is_alive(victim.pid)
+                return not _lives(victim.pid)
             time.sleep(POLL_S / 10)
         return True
 
@@ -144,8 +145,8 @@ class Killer:
         return [worker for worker in state.workers if worker.state == "ready"]
 
 
-def _is_alive(pid: int) -> bool:
+def _lives(pid: int) -> bool:
     try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        return is_alive(psutil.Process(pid))
     except psutil.NoSuchProcess:
         return False

@@ -1,0 +1,112 @@
+"""The client library over routers that break: every token once and in order, and an end that is always told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import pytest
+
+from duopool import client as client_module
+from duopool.client import AsyncClient, Client, ServerUnavailable, StreamEvent
+from duopool.proto import inference_pb2 as pb
+from duopool.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+
+NUM_TOKENS = 20
+
+
+class Router(InferenceServicer):
+    """Token i of a stream is seed + i. Breaks off after as many tokens as `breaks` says for each call."""
+
+    def __init__(self, breaks: list[int]) -> None:
+        self.breaks = breaks
+        self.requests: list[pb.GenerateRequest] = []
+
+    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+        self.requests.append(request)
+        room = self.breaks.pop(0) if self.breaks else NUM_TOKENS + 1
+        seed = request.sampling.seed if request.sampling.HasField("seed") else 1000
+        yield pb.GenerateResponse(started=pb.Started(seed=seed))
+        for index in range(len(request.resume_from.ids), NUM_TOKENS):
+            if room == 0:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
+            room -= 1
+            yield pb.GenerateResponse(tokens=pb.TokenChunk(index=index, token_ids=[seed + index]))
+        yield pb.GenerateResponse(finished=pb.Finished(finish_reason="length"))
+        if room == 0:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test after the end")
+
+
+@contextmanager
+def serving(*routers: Router) -> Iterator[list[str]]:
+    servers, addresses = [], []
+    for router in routers:
+        server = grpc.server(ThreadPoolExecutor(4))
+        add_InferenceServicer_to_server(router, server)  # type: ignore[no-untyped-call]
+        addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        server.start()
+        servers.append(server)
+    try:
+        yield addresses
+    finally:
+        for server in servers:
+            server.stop(None)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "FIRST_BACKOFF_S", 0.001)
+    monkeypatch.setattr(client_module, "MAX_BACKOFF_S", 0.001)
+
+
+def read(addresses: list[str], kind: str, **fields: object) -> list[StreamEvent]:
+    async def gather() -> list[StreamEvent]:
+        async with AsyncClient(addresses) as client:
+            events: AsyncIterator[StreamEvent] = client.generate("hello", max_tokens=NUM_TOKENS, **fields)
+            return [event async for event in events]
+
+    if kind == "async":
+        return asyncio.run(gather())
+    with Client(addresses) as client:
+        return list(client.generate("hello", max_tokens=NUM_TOKENS, **fields))
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("breaks", [[0], [5], [0, 0, 7, 0, 3], [NUM_TOKENS - 1], [1] * (NUM_TOKENS - 1), [NUM_TOKENS]])
+def test_every_token_comes_once_and_in_order(kind: str, breaks: list[int]) -> None:
+    first, second = Router(breaks[::2]), Router(breaks[1::2])
+    with serving(first, second) as addresses:
+        events = read(addresses, kind)
+    chunks = [event for event in events if isinstance(event, pb.TokenChunk)]
+    assert [chunk.index for chunk in chunks] == list(range(NUM_TOKENS))
+    assert [token_id for chunk in chunks for token_id in chunk.token_ids] == [1000 + at for at in range(NUM_TOKENS)]
+    assert [type(event) for event in events if not isinstance(event, pb.TokenChunk)] == [pb.Started, pb.Finished]
+    asked = [request for router in (first, second) for request in router.requests]
+    assert all(request.sampling.seed == 1000 for request in asked if request.resume_from.ids)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_stream_that_gets_nowhere_ends_with_the_status(kind: str) -> None:
+    router = Router([2] + [0] * 100)
+    with serving(router) as addresses, pytest.raises(ServerUnavailable, match="broken by the test"):
+        read(addresses, kind)
+    assert len(router.requests) == 1 + client_module.MAX_RESUMES
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_several_choices_are_not_continued_once_begun(kind: str) -> None:
+    router = Router([3])
+    with serving(router) as addresses, pytest.raises(ServerUnavailable):
+        read(addresses, kind, n=2)
+    assert len(router.requests) == 1
+
+
+def test_a_caller_continues_with_the_tokens_that_it_has() -> None:
+    router = Router([])
+    with serving(router) as addresses:
+        events = read(addresses, "sync", resume_from=[7, 8, 9], seed=5)
+    assert list(router.requests[0].resume_from.ids) == [7, 8, 9]
+    assert [event.index for event in events if isinstance(event, pb.TokenChunk)] == list(range(3, NUM_TOKENS))
