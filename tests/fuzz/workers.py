@@ -12,25 +12,25 @@ import msgspec
 
 from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from duopool.core.types import Role
-from duopool.decode_worker.process import decode_process
-from duopool.prefill_worker.process import prefill_process
+from duopool.decode_worker.process import assemble as assemble_decode
+from duopool.engine.checked_model import CheckedModel
+from duopool.engine.worker_process import WorkerProcess
+from duopool.prefill_worker.process import assemble as assemble_prefill
 
 
 def main(folder: str) -> int:
-    processes = [
-        make(
-            WorkerConfig(
-                role=role,
-                worker_id=f"{role}-0",
-                model=ModelConfig(model=folder, served_model_name="tiny", dtype="float32"),
-                cache=CacheConfig(num_blocks=256, block_size=16),
-                scheduler=SchedulerConfig(max_num_seqs=32),
-                handoff=HandoffConfig(transport="grpc"),
-                num_threads=1,
-            )
+    processes = []
+    for role, assemble in ((Role.PREFILL, assemble_prefill), (Role.DECODE, assemble_decode)):
+        config = WorkerConfig(
+            role=role,
+            worker_id=f"{role}-0",
+            model=ModelConfig(model=folder, served_model_name="tiny", dtype="float32"),
+            cache=CacheConfig(num_blocks=256, block_size=16),
+            scheduler=SchedulerConfig(max_num_seqs=32),
+            handoff=HandoffConfig(transport="grpc"),
+            num_threads=1,
         )
-        for role, make in ((Role.PREFILL, prefill_process), (Role.DECODE, decode_process))
-    ]
+        processes.append(WorkerProcess(config, assemble, CheckedModel.load(config.model, config.cache)))
     infos = [process.start() for process in processes]
     print(msgspec.json.encode(infos).decode(), flush=True)
     sys.stdin.read()
