@@ -323,14 +323,17 @@ def test_the_router_listens_on_a_port_of_its_own() -> None:
     asyncio.run(run())
 
 
-def test_a_client_that_stops_reading_loses_its_stream_and_nothing_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real socket that is never read, past all buffers on the way."""
+@pytest.mark.parametrize("write_timeout_s", [0.2, 60.0])
+def test_a_client_that_stops_reading_is_cut_off(monkeypatch: pytest.MonkeyPatch, write_timeout_s: float) -> None:
+    """A real socket that is never read: by the time that a write takes, or by the tokens that wait behind it."""
     monkeypatch.setattr("duopool.router.generation.LINGER_S", 0.1)
+    monkeypatch.setattr("duopool.router.outbox.STUCK_S", 0.1)
     monkeypatch.setattr("duopool.router.http.answer.LAST_WORD_S", 0.1)
+    monkeypatch.setattr("duopool.router.http.answer.WRITE_TIMEOUT_S", write_timeout_s)
 
     async def run() -> None:
-        workers = [FakeWorker("prefill-0", "prefill"), FakeWorker("decode-0", "decode", step_s=0.001)]
-        async with FakeCluster(workers, http_port=0, max_unread_tokens=16) as cluster:
+        workers = [FakeWorker("prefill-0", "prefill"), FakeWorker("decode-0", "decode", step_s=0.002)]
+        async with FakeCluster(workers, http_port=0, max_unread_tokens=2) as cluster:
             body = json.dumps({"prompt": "a", "max_tokens": 500, "n": 16, "logprobs": 20, "stream": True}).encode()
             head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
             client = socket.socket()
@@ -340,7 +343,7 @@ def test_a_client_that_stops_reading_loses_its_stream_and_nothing_waits_for_it(m
             await loop.sock_connect(client, ("127.0.0.1", cluster.router.http_port))
             await loop.sock_sendall(client, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             await eventually(lambda: workers[1].running)
-            await eventually(lambda: workers[1].received(Cancel))
+            await eventually(lambda: workers[1].received(Cancel), within_s=60)
             await eventually(lambda: cluster.router.pools.num_requests == 0)
             client.close()
 

@@ -17,7 +17,7 @@ import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from duopool.core.errors import DuopoolError
+from duopool.core.errors import DuopoolError, SlowReader
 from duopool.proto import inference_pb2 as pb
 from duopool.router.ask import Ask
 from duopool.router.generation import Generation, Stream
@@ -25,6 +25,8 @@ from duopool.router.http.errors import error_body
 
 log = logging.getLogger(__name__)
 
+WRITE_TIMEOUT_S = 30.0
+"""A client that takes nothing for this long loses its stream, whether its outputs go on or have all ended."""
 LAST_WORD_S = 1.0
 """A stream that broke has this long to say so before its connection is closed."""
 DONE = b"data: [DONE]\n\n"
@@ -91,7 +93,7 @@ class EventStream(Response):
                 raise  # the application's error handlers give it a status
             if not isinstance(error, DuopoolError):
                 log.exception("a stream failed in a way that nobody planned for")
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, SlowReader):
                 # A client that has stopped reading takes no error either.
                 async with asyncio.timeout(LAST_WORD_S):
                     await events.write([error_body(error)], DONE, more=False)
@@ -123,7 +125,11 @@ class _Events:
             )
         body = b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events) + end
         if body or not more:
-            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+            try:
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await self._send({"type": "http.response.body", "body": body, "more_body": more})
+            except TimeoutError as error:
+                raise SlowReader(f"slow_reader: nothing was read for {WRITE_TIMEOUT_S:.0f} s") from error
 
 
 class ClientGone(Exception):
