@@ -144,8 +144,8 @@ class RouterConfig(_Config):
     """Requests alive at once; past it new ones get RESOURCE_EXHAUSTED."""
     max_num_waiting_tokens: int = Field(default=1 << 18, ge=1)
     """Prompt tokens of accepted requests that do not decode yet; past it new ones get RESOURCE_EXHAUSTED."""
-    max_wait_s: float = Field(default=60.0, gt=0)
-    """A request that would wait longer than this before it decodes is refused at once."""
+    max_wait_s: float = Field(default=300.0, gt=0)
+    """A request that would wait longer than this before it decodes is refused at once, with a deadline or without."""
     max_message_bytes: int = Field(default=4 << 20, ge=1024)
     max_unread_tokens: int = Field(default=256, ge=1)
     """Tokens that a client who does not read may leave behind what gRPC itself holds, before its stream is ended."""
