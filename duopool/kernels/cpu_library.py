@@ -37,6 +37,8 @@ class CpuLibrary:
 
     calls: ctypes.CDLL
     isa: Isa
+    has_crc32: bool
+    """A library that was built before there was one has all the rest."""
     torch_has_bfloat16_tiles: bool
     """The processor has matrix tiles for bfloat16 (AMX), and torch makes use of them."""
 
@@ -84,6 +86,9 @@ def _declare(calls: ctypes.CDLL) -> None:
     calls.duopool_decoder_stack.restype = flag
     calls.duopool_copy_blocks.argtypes = [pointer, number, number, number, pointer, pointer, number, flag]
     calls.duopool_copy_blocks.restype = flag
+    if hasattr(calls, "duopool_crc32"):
+        calls.duopool_crc32.argtypes = [pointer, number]
+        calls.duopool_crc32.restype = ctypes.c_uint32
 
 
 @functools.cache
@@ -104,7 +109,12 @@ def library() -> CpuLibrary | None:
     if isa > best:
         raise ValueError(f"DUOPOOL_CPU_ISA={wanted}, but this processor goes up to {best.name.lower()}")
     _declare(calls)
-    return CpuLibrary(calls=calls, isa=isa, torch_has_bfloat16_tiles=bool(calls.duopool_has_bfloat16_tiles()))
+    return CpuLibrary(
+        calls=calls,
+        isa=isa,
+        has_crc32=hasattr(calls, "duopool_crc32"),
+        torch_has_bfloat16_tiles=bool(calls.duopool_has_bfloat16_tiles()),
+    )
 
 
 def num_threads() -> int:

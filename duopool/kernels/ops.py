@@ -9,6 +9,7 @@ M most blocks of a request, X elements of a page, K input features.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from duopool.kernels.copy_blocks import cpu as copy_blocks_cpu
 from duopool.kernels.copy_blocks import reference as copy_blocks_reference
 from duopool.kernels.cpu_library import CpuLibrary, library
+from duopool.kernels.crc32 import cpu as crc32_cpu
 from duopool.kernels.decoder_stack import cpu as stack_cpu
 from duopool.kernels.decoder_stack.cpu import PackedStack
 from duopool.kernels.decoder_stack.weights import StackWeights
@@ -292,3 +294,9 @@ def _check_stack(
     ):
         if not all(each.dtype == wanted and each.is_contiguous() for each in tensors):
             raise ValueError(f"{name} must be contiguous {wanted}")
+
+
+def crc32(data: bytes | memoryview) -> int:
+    """CRC-32 of contiguous bytes: `zlib.crc32(data)`, ten times as fast where the processor multiplies polynomials."""
+    cpu = library()
+    return zlib.crc32(data) if cpu is None or not cpu.has_crc32 else crc32_cpu.crc32(cpu, data)

@@ -6,17 +6,17 @@ attacker, who could not reach this wire without the cluster's network anyway.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 
 from duopool.core.messages import SealedBlock
 from duopool.core.types import BlockId
 from duopool.engine.transfer.page_store import PageStore
+from duopool.kernels import ops
 
 
 def page_digest(store: PageStore, block_id: BlockId) -> int:
     """CRC-32 of the whole page."""
-    return zlib.crc32(store.page(block_id))
+    return ops.crc32(store.page(block_id))
 
 
 def seal(store: PageStore, block_ids: Sequence[BlockId], generations: Sequence[int]) -> tuple[SealedBlock, ...]:

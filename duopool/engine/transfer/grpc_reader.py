@@ -6,7 +6,6 @@ into the pages any more, and a page with a wrong digest is never written at all.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +18,7 @@ from duopool.engine.transfer.grpc_source import LAYOUT_METADATA_KEY
 from duopool.engine.transfer.page_store import PageStore
 from duopool.engine.transfer.source_client import SourceClient, describe_error
 from duopool.engine.transfer.transport import ReadOutcome
+from duopool.kernels import ops
 from duopool.proto.internal_access import InternalAccess
 
 
@@ -97,4 +97,4 @@ class GrpcReader:
     def _fault(self, source: SealedBlock, page: bytes) -> str:
         if len(page) != self._store.page_bytes:
             return f"a page of {len(page)} bytes arrived, own pages have {self._store.page_bytes}"
-        return mismatch(source, zlib.crc32(page))
+        return mismatch(source, ops.crc32(page))
