@@ -8,6 +8,7 @@ Not thread-safe but for the reader's answers, which are passed on untouched; the
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,9 @@ from duopool.core.messages import Verdict
 from duopool.decode_worker.decode_request import DecodeRequest
 from duopool.engine.failpoints import Failpoint, reach
 from duopool.engine.transfer.transport import BlockReader, ReadOutcome
+
+NUM_TRIES = 2
+"""A read whose pages arrive damaged is made once more; then the whole handoff is given up, and others prefill."""
 
 Outcome = slots.Join | slots.Report | slots.Refuse | slots.GiveBack
 """What the worker itself must do for a handoff."""
@@ -78,8 +82,13 @@ class Handoffs:
         calls, self._calls = self._calls, []
         return calls
 
-    def _read(self, request: DecodeRequest, read: slots.Read) -> None:
+    def _read(self, request: DecodeRequest, read: slots.Read, *, num_tries: int = NUM_TRIES) -> None:
         def done(outcome: ReadOutcome) -> None:
+            if outcome.is_damaged and num_tries > 1:
+                # To the slot it is one read, so its blocks stay its own meanwhile. A closed reader reads no more.
+                with suppress(RuntimeError):
+                    self._read(request, read, num_tries=num_tries - 1)
+                    return
             is_good, event = not outcome.error, slots.ReadEnded(outcome.error)
             num_blocks, num_bytes = (len(read.sources), outcome.num_bytes) if is_good else (0, 0)
             self._on_answer(request, Answer(event=event, num_blocks=num_blocks, num_bytes=num_bytes))

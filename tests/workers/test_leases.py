@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from worker_fakes import BLOCK_SIZE, ROUTER, Pair, make_pair
+from worker_fakes import BLOCK_SIZE, ROUTER, Pair, expected_stream, make_pair
 
 from duopool.core.messages import (
     BlocksReady,
@@ -166,3 +166,23 @@ def test_every_block_is_listed_once_with_the_digest_of_its_content() -> None:
             assert block.digest == pair.prefill_store.digest(block.block_id)
             assert block.generation == pair.prefill_manager.generation(block.block_id)
         assert not any(isinstance(event, Nack) for event in pair.events)
+
+
+@pytest.mark.parametrize("num_damaged", [1, 2])
+def test_a_read_that_arrives_damaged_is_made_once_more(num_damaged: int) -> None:
+    pair = make_pair()
+    request = pair.request("r0", [1] * 5, max_tokens=2, ignore_eos=True)
+    pair.send(request)
+    while pair.step_prefill():
+        pass
+    for _ in range(num_damaged):
+        assert len(pair.reader.pending) == 1
+        pair.reader.run(is_damaged=True)
+        pair.collect()
+    if num_damaged == 1:
+        pair.run()
+        assert pair.streams["r0"] == expected_stream([1] * 5, request.params)
+    else:
+        assert [nack.reason for nack in pair.nacks()] == [NackReason.TRANSFER_FAILED]
+        pair.cancel("r0")
+    pair.assert_nothing_is_held()

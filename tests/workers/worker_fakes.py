@@ -193,10 +193,10 @@ class FakeReader:
     def close(self) -> None:
         self.pending.clear()
 
-    def run(self, index: int = 0, *, error: str = "") -> None:
+    def run(self, index: int = 0, *, error: str = "", is_damaged: bool = False) -> None:
         work = self.pending.pop(index)
         if isinstance(work, PendingRead):
-            work.done(self._copy(work, error))
+            work.done(ReadOutcome(error="digest", is_damaged=True) if is_damaged else self._copy(work, error))
         else:
             work()
 

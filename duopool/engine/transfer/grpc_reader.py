@@ -81,9 +81,11 @@ class GrpcReader:
                 return ReadOutcome(error=f"pages of layout {layout}, wanted {self._store.digest}")
             num_pages = 0
             for num_pages, page in enumerate(call, start=1):
+                if num_pages > len(pages):
+                    return ReadOutcome(error=f"the source sends more than {len(pages)} pages")
                 fault = self._fault(asked.blocks[num_pages - 1], page)
                 if fault:
-                    return ReadOutcome(error=fault)
+                    return ReadOutcome(error=fault, is_damaged=True)
                 pages[num_pages - 1][:] = page
         except grpc.RpcError:
             return ReadOutcome(error=describe_error(call))

@@ -106,4 +106,5 @@ class InProcessReader:
         finally:
             source.end_read(asked.lease_id)
         fault = find_mismatch(self._store, asked.blocks, targets)
-        return ReadOutcome(error=fault, num_bytes=0 if fault else len(targets) * self._store.page_bytes)
+        num_bytes = 0 if fault else len(targets) * self._store.page_bytes
+        return ReadOutcome(error=fault, is_damaged=bool(fault), num_bytes=num_bytes)

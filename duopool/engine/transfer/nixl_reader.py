@@ -254,7 +254,7 @@ class NixlReader:
         def check() -> None:
             fault = find_mismatch(self._store, read.sources, read.targets)
             num_bytes = 0 if fault else len(read.targets) * self._store.page_bytes
-            read.done(ReadOutcome(error=fault, num_bytes=num_bytes))
+            read.done(ReadOutcome(error=fault, is_damaged=bool(fault), num_bytes=num_bytes))
 
         self._checks.submit(check)
 

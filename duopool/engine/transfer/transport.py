@@ -19,6 +19,8 @@ class ReadOutcome:
     """How a read ended. `error` is empty when every page arrived and its digest matched."""
 
     error: str = ""
+    is_damaged: bool = False
+    """Pages arrived, and not as they were sealed: the same read may go well."""
     num_bytes: int = 0
 
 
