@@ -52,6 +52,8 @@ class Saboteur:
         self._rate = rate
         self._random = random.Random(seed)
         self._planned: dict[ReadKey, dict[BlockId, tuple[Damage, BlockId]]] = {}
+        self._sealed: dict[ReadKey, dict[BlockId, bytes]] = {}
+        """What the pages of a planned read hold when it begins."""
         self._hit: dict[ReadKey, Damage] = {}
         """Reads under way in which something was damaged."""
         self._history: dict[BlockId, bytes] = {}
@@ -65,13 +67,16 @@ class Saboteur:
             self.num_reads += 1
             for source in sources:
                 self._remember(source.block_id)
-            if not may_hit or self._random.random() >= self._rate:
+            is_sealed = all(page_digest(self._pages, one.block_id) == one.digest for one in sources)
+            # A read of an attempt that was given up may find its blocks given to others: it would be damaged anyway.
+            if not may_hit or not is_sealed or self._random.random() >= self._rate:
                 return
             kind = self._random.choice(list(Damage))
             mine = [source.block_id for source in sources]
             victim = self._random.choice(mine)
             others = [block for block in mine if block != victim] if kind is Damage.SWAP else []
             partner = self._random.choice(others or self._foreign(mine))
+            self._sealed[read] = {block: self._seen[block] for block in mine}
             self._planned[read] = {victim: (kind, partner)}
             if kind is Damage.SWAP and partner in mine:
                 self._planned[read][partner] = (kind, victim)
@@ -90,8 +95,9 @@ class Saboteur:
                 arrives = bytes(self._pages.page(partner))
             elif kind is Damage.STALE:
                 arrives = self._history.get(block_id, page)
-            if arrives == page:  # nothing was changed by that
-                kind, at = Damage.BIT, self._random.randrange(8 * len(page))
+            sealed = self._sealed[read][block_id]
+            if arrives in (page, sealed):  # nothing was changed by that, or made good again
+                page, kind, at = sealed, Damage.BIT, self._random.randrange(8 * len(sealed))
                 arrives = page[: at // 8] + bytes([page[at // 8] ^ 1 << at % 8]) + page[at // 8 + 1 :]
             self._hit[read] = kind
             return arrives
@@ -103,6 +109,7 @@ class Saboteur:
         """
         with self._lock:
             self._planned.pop(read, None)
+            self._sealed.pop(read, None)
             kind = self._hit.pop(read, None)
             if kind is not None:
                 self.num_done[kind] += 1

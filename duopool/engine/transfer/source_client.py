@@ -48,8 +48,10 @@ class SourceClient:
             if call.code() is grpc.StatusCode.UNAVAILABLE and self._channels.get(address) is channel:
                 del self._channels[address]
             in_use = channel in self._channels.values() or channel in self._channel_of.values()
-        if not in_use:
-            channel.close()
+            is_left = not in_use and not self._closed
+        if is_left:
+            # A call's end comes on the channel's own thread, which `close` waits for as long as another call is ending.
+            threading.Thread(target=channel.close, name="source-client-close", daemon=True).start()
 
     def describe(self, address: str, transport: str, done: Callable[[SourceDescription | str], None]) -> None:
         """Ask how the source can be read; `done` gets the answer, or an error as text, on a thread of gRPC's."""
