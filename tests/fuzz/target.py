@@ -34,10 +34,19 @@ class Target:
 
     def __init__(self, model: Path) -> None:
         self._model = model
+        self._processes: list[subprocess.Popen[str]] = []
         self._credential = secrets.token_urlsafe(32)
         self.access = InternalAccess.load(InternalConfig(), {CREDENTIAL_VARIABLE: self._credential})
 
     def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._kill()
+            raise
+        return self
+
+    def _start(self) -> None:
         environment = {
             **os.environ,
             CREDENTIAL_VARIABLE: self._credential,
@@ -61,12 +70,14 @@ class Target:
         while not all(pool.ready for pool in self.state().pools):
             assert time.monotonic() < deadline, "the router does not find its workers"
             time.sleep(0.05)
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._link.close()
         self._channel.close()
-        for process in (self.router_process, self.workers_process):
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self._processes:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
@@ -99,9 +110,8 @@ class Target:
     def _refuse(self, command: control_pb2.ClusterCommand) -> None:
         self._link.answer(result_of(command.command_id, Unavailable("nothing is scaled here")))
 
-    @staticmethod
-    def _spawn(environment: dict[str, str], module: str, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    def _spawn(self, environment: dict[str, str], module: str, *arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -109,6 +119,8 @@ class Target:
             env=environment,
             cwd=ROOT,
         )
+        self._processes.append(process)
+        return process
 
     @staticmethod
     def _line(process: subprocess.Popen[str]) -> str:
