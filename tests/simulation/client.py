@@ -73,6 +73,8 @@ class Client:
                     self._end("failed: DEADLINE_EXCEEDED")
                     return
             code = await self._call(left_s)
+            if self.endings:
+                return
             if code in TRY_AGAIN:
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
@@ -142,7 +144,7 @@ class Client:
                 self.router_id = RequestId(response.started.request_id)
             case "tokens":
                 if self.router_id is not None:
-                    self.laws.client_hears(self.router_id, response.tokens.index)
+                    self.laws.fence.client_hears(self.router_id, response.tokens.index)
                 if response.tokens.index != len(self.tokens):
                     self._breach(f"index {response.tokens.index} came when {len(self.tokens)} was next")
                 self.tokens += response.tokens.token_ids

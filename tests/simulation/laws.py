@@ -32,6 +32,7 @@ from duopool.core.step import Chunk
 from duopool.core.types import LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId, Worker
 
+from .fence import Fence
 from .model import expected_output, expected_pages
 from .scenario import MOMENTS, Ask
 
@@ -57,55 +58,13 @@ class Laws:
 
     on_moment: Callable[[str, str, RequestId], None] = lambda kind, place, request_id: None
     """Told of every message about a request that a worker takes in or says, with its place."""
-    heard: dict[RequestId, Heard] = field(default_factory=lambda: defaultdict(Heard))
+    fence: Fence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fence = Fence(self.breach)
 
     def breach(self, what: str) -> None:
         self.breaches.append(f"at {self.clock():.4f}: {what}")
-
-    # ---- the attempt fence, seen from outside the router ----------------------------------------------------------
-
-    def router_says(self, command: Command) -> None:
-        """A command leaves a router."""
-        match command:
-            case (
-                Prefill(request=request, attempt=attempt)
-                | Reserve(request=request, attempt=attempt, local_prefill=True)
-            ):
-                # A Reserve of any other kind comes with a Prefill or a Rebind, or is for a shadow.
-                heard = self.heard[request.request_id]
-                heard.current = max(heard.current, attempt)
-            case Rebind(request_id=request_id, attempt=attempt):
-                heard = self.heard[request_id]
-                heard.current = max(heard.current, attempt)
-            case Cancel(request_id=request_id, attempt=attempt) if attempt >= self.heard[request_id].current:
-                heard = self.heard[request_id]
-                heard.current = max(heard.current, attempt + 1)
-            case _:
-                pass
-
-    def router_hears(self, event: Event) -> None:
-        """A worker's message comes in at a router."""
-        tokens = event.first_token if isinstance(event, BlocksReady) else event
-        if isinstance(tokens, Tokens):
-            heard = self.heard[tokens.request_id]
-            (heard.fresh if tokens.attempt >= heard.current else heard.stale).add(tokens.index)
-
-    def client_hears(self, request_id: RequestId, index: int) -> None:
-        """A token leaves a router for its client."""
-        heard = self.heard[request_id]
-        if index in heard.stale and index not in heard.fresh:
-            self.breach(f"token {index} of {request_id[:6]} was taken from an attempt that had been given up")
-
-
-@dataclass(slots=True)
-class Heard:
-    """What a router was told of one request."""
-
-    current: int = 0
-    """Attempts before this one have been given up."""
-    fresh: set[int] = field(default_factory=set)
-    stale: set[int] = field(default_factory=set)
-    """Indices of tokens that came from an attempt that counted, and from one that did not."""
 
 
 @dataclass(slots=True)

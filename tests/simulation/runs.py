@@ -35,8 +35,9 @@ def find_all(bugs: Sequence[str], seeds: Sequence[int], num_processes: int = 1) 
 
 
 def first_breach(bug: str, seeds: Sequence[int]) -> Outcome | None:
-    outcomes = (run(seed, bug) for seed in seeds)
-    return next((outcome.without_history() for outcome in outcomes if not outcome.is_good), None)
+    """The first seed that breaks a law with the bug and none without it."""
+    broken = (outcome for seed in seeds if not (outcome := run(seed, bug)).is_good)
+    return next((outcome.without_history() for outcome in broken if run(outcome.seed).is_good), None)
 
 
 def quiet() -> None:

@@ -163,27 +163,30 @@ def scenario(seed: int) -> Scenario:
     # When single messages of a stream vanish or are overtaken, only a deadline is sure to end a request.
     is_lossy = any(isinstance(one.fault, Wild) and (one.fault.lost or one.fault.overtaken) for one in plan)
     timers = FAST if random.random() < 0.85 else {}
+    is_crowded = random.random() < 0.4
     return Scenario(
         seed=seed,
         timers=HandoffConfig(**timers, local_prefill_max_tokens=random.choice((0, 0, 6, 16))),
         scheduler=SchedulerConfig(
-            max_num_batched_tokens=random.choice((6, 12, 16, 64)), max_num_seqs=random.choice((2, 4, 8))
+            max_num_batched_tokens=random.choice((6, 12, 16, 64)),
+            max_num_seqs=random.choice((1, 2) if is_crowded else (2, 4, 8)),
+            max_num_waiting=random.choice((1, 2, 1024) if is_crowded else (1024,)),
         ),
         routers=routers,
         prefill=prefill,
         decode=decode,
         num_prefill_blocks=random.randint(20, 48),
-        num_decode_blocks=random.randint(22, 48),
+        num_decode_blocks=random.randint(22, 28 if is_crowded else 48),
         step_s=random.choice((0.005, 0.015, 0.03)),
         one_sided=random.random() < 0.5,
         has_digests=has_digests,
         keeps_addresses=random.random() < 0.5,
-        asks=_asks(random, needs_deadline=is_lossy),
+        asks=_asks(random, needs_deadline=is_lossy, within_s=0.8 if is_crowded else 2.5),
         plan=plan,
     )
 
 
-def _asks(random: Random, *, needs_deadline: bool) -> tuple[Ask, ...]:
+def _asks(random: Random, *, needs_deadline: bool, within_s: float) -> tuple[Ask, ...]:
     prefixes = [_tokens(random, random.choice((4, 8, 13, 20))) for _ in range(2)]
     asks = []
     for index in range(random.randint(3, 12)):
@@ -191,7 +194,7 @@ def _asks(random: Random, *, needs_deadline: bool) -> tuple[Ask, ...]:
         end = random.random()
         asks.append(
             Ask(
-                at=0.3 + 2.5 * random.random(),
+                at=0.3 + within_s * random.random(),
                 prompt=prompt,
                 params=SamplingParams(
                     max_tokens=random.choice((1, 2, 5, 12, 24, 40)),
@@ -235,8 +238,12 @@ def _plan(
         when: float | Moment = 0.3 + (CHAOS_S - 1.0) * random.random()
         place = random.choice(prefill + decode)
         if random.random() < 0.6:
-            after_s = random.choice((0.0, 0.0, 0.003, 0.05)) * random.random()
-            when, place = Moment(kind=random.choice(MOMENTS), number=random.randint(1, 10), after_s=after_s), THERE
+            when = Moment(
+                kind=random.choice(MOMENTS),
+                number=random.choice((1, 2, 3, 5, 8, 13, 21)),
+                after_s=random.choice((0.0, 0.0, 0.003, 0.05)) * random.random(),
+            )
+            place = THERE
         fault = _fault(random, place, prefill, routers, has_digests=has_digests)
         if not isinstance(fault, Abandon) or isinstance(when, Moment):
             planned.append(Planned(when=when, fault=fault))
@@ -248,7 +255,7 @@ def _fault(
 ) -> Fault:
     (kind,) = random.choices(
         (Crash, Stall, ClockJump, Partition, Break, TransferTrouble, Wild, Drain, Abandon),
-        weights=(6, 3, 1, 4, 4, 6, 5, 3, 3),
+        weights=(6, 3, 1, 4, 4, 6, 5, 6, 3),
     )
     router = random.choice(routers)
     for_s = random.choice((0.05, 0.3, 1.0, 2.5)) * (0.5 + random.random())
@@ -281,7 +288,7 @@ def _fault(
         return Wild(
             for_s=for_s,
             lost=random.choice((0.0, 0.0, 0.1)),
-            doubled=random.choice((0.0, 0.3)),
+            doubled=random.choice((0.0, 0.2, 0.6)),
             overtaken=random.choice((0.0, 0.0, 0.2)),
         )
     return Drain(place=worker) if kind is Drain else Abandon()

@@ -48,13 +48,13 @@ class _SimulatedConnection:
         stream.network.history.note(stream.client.place, f"< {stream.place}", item.data)
         report = codec.decode_report(item.data)
         for event in report.events:
-            self._laws.router_hears(event)
+            self._laws.fence.router_hears(event)
         return report
 
     async def write(self, batch: CommandBatch) -> None:
         stream = self._stream
         data = codec.encode(batch)
         for command in batch.commands:
-            self._laws.router_says(command)
+            self._laws.fence.router_says(command)
         stream.network.history.note(stream.client.place, f"command > {stream.place}", data)
         send(stream.network, stream.to_server, "commands", data)

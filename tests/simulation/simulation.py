@@ -41,6 +41,8 @@ from .virtual_time import Process, VirtualTime
 
 AUDIT_S = 0.1
 """Every worker's own check, this often."""
+LATENESS_S = 0.6
+"""Single messages in the wild come at most so late."""
 ENDING_S = 60.0
 """All requests must have ended this long after the last fault began."""
 
@@ -345,11 +347,11 @@ class Simulation:
             if draw < wild.lost:
                 continue
             if draw < wild.lost + wild.overtaken:
-                parts.append((0.3 * self._wild.random(), pack((message,))))
+                parts.append((LATENESS_S * self._wild.random(), pack((message,))))
                 continue
             kept.append(message)
             if self._wild.random() < wild.doubled:
-                parts.append((0.3 * self._wild.random(), pack((message,))))
+                parts.append((LATENESS_S * self._wild.random(), pack((message,))))
         return [(0.0, pack(tuple(kept))), *parts]
 
     def _judge(self, source: object, asked: object, verdict: object) -> None:

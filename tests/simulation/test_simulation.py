@@ -43,9 +43,7 @@ def test_one_seed_is_one_history(seed: int) -> None:
 
 @pytest.mark.parametrize("bug", FOUND_EARLY)
 def test_a_planted_bug_is_found(bug: str) -> None:
-    outcome = first_breach(bug, range(10))
-    assert outcome is not None
-    assert run(outcome.seed).is_good
+    assert first_breach(bug, range(10)) is not None
 
 
 @pytest.mark.slow

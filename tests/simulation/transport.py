@@ -21,8 +21,8 @@ from .model import PAGE_BYTES, Pages
 from .network import Network
 from .virtual_time import Process
 
-READ_TIMEOUT_S = 2.0
-CONFIRM_TIMEOUT_S = 1.0
+READ_TIMEOUT_S = 0.8
+CONFIRM_TIMEOUT_S = 0.5
 FENCE_S = 0.05
 """Time to make sure that a transfer that was given up writes nothing any more."""
 IS_FENCED = True
