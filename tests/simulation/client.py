@@ -39,6 +39,8 @@ class Client:
     text: str = ""
     endings: list[str] = field(default_factory=list)
     """Every terminal event; there must be one."""
+    details: str = ""
+    """What the last failed call said."""
     num_calls: int = 0
     router_id: RequestId | None = None
     """What the router of this call named it: it tells when the client sends no name of its own."""
@@ -112,6 +114,7 @@ class Client:
                         self._breach("its stream ended well without a last message")
                         self._end("nothing")
                     return None
+                self.details = item.details
                 return None if has_finished else item.code
             if has_finished:
                 self._breach("a message came behind the last one")
