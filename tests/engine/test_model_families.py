@@ -14,7 +14,7 @@ from duopool.core.errors import UnsupportedModel
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import Chunk, SampleSpec, StepPlan
 from duopool.core.types import BlockId, RequestId
-from duopool.engine import runner as runner_module
+from duopool.engine import checked_model
 from duopool.engine.fused_model import FusedModel
 from duopool.engine.model_loader import adopt
 from duopool.engine.runner import ModelRunner
@@ -45,7 +45,7 @@ FUSED = ("llama", "llama_biased", "mistral_window", "qwen2", "qwen2_window")
 
 
 def go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "fuse", lambda model: None)
+    monkeypatch.setattr(checked_model, "fuse", lambda model: None)
 
 
 @pytest.mark.parametrize("family", [*sorted(FAMILIES), *(f"{family}, layer by layer" for family in FUSED)])
