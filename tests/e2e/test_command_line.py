@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from calls import Load, complete, greedy_request, state
 from remains import Remains
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -130,6 +131,19 @@ def test_status_scale_and_drain(server: Server) -> None:
         answer = duopool(*arguments, "--address", server.address)
         assert answer.returncode != 0
         assert said in answer.stderr
+
+
+def test_a_rolling_restart_renews_every_worker_under_load(server: Server) -> None:
+    prompts = [tuple(range(100 + at, 140 + at)) for at in range(4)]
+    once = complete(server.address, [greedy_request(prompt, max_tokens=60) for prompt in prompts])
+    old = {worker.pid for worker in state(server.address).workers}
+    with Load(server.address, prompts, [tuple(record.token_ids) for record in once]) as load:
+        restarted = duopool("restart", "--rolling", "--address", server.address)
+    assert restarted.returncode == 0, restarted.stderr
+    assert load.wrong == []
+    new = state(server.address).workers
+    assert sorted(worker.role for worker in new) == ["decode", "prefill"]
+    assert not old & {worker.pid for worker in new}
 
 
 def test_an_audit_of_a_sound_system_finds_nothing(server: Server) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from calls import Load, complete, greedy_request, has_workers, is_at_rest, scale, wait_for
+from moving_streams import make_round, requests_of, scale_decode
 from reference import MAX_TOKENS, Reference
 from remains import Remains
 
@@ -133,6 +134,20 @@ def test_pools_grow_lose_workers_and_shrink_under_load(system: System, reference
         scale(system.address, prefill=1, decode=1)
         wait_for(system.address, has_workers({"prefill-0", "decode-0"}))
     assert load.wrong == []
+
+
+def test_running_streams_move_with_their_kv_when_their_worker_goes(system: System) -> None:
+    if system.transport != "nixl":
+        pytest.skip("once is enough")
+    scale_decode(system.address, 2)
+    requests = requests_of(8, prompt_tokens=200, max_tokens=72, seed=3)
+    moved = make_round(system.address, requests)
+    undisturbed = make_round(system.address, requests)
+    assert [record.error for record in moved.records] == [None] * len(requests)
+    assert [record.token_ids for record in moved.records] == [record.token_ids for record in undisturbed.records]
+    assert moved.moves, "nobody was on the worker that went"
+    assert moved.num_computed_prompts == 0
+    wait_for(system.address, has_workers({"prefill-0", "decode-0"}))
 
 
 def test_a_killed_router_comes_back_at_its_port(system: System, reference: Reference) -> None:
