@@ -49,7 +49,3 @@ class DecodeActor:
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken."""
         self._process.check()
-
-    @_control
-    def stop(self) -> None:
-        self._process.stop()

@@ -25,12 +25,7 @@ def assemble(parts: WorkerParts) -> Assembly:
         surroundings=parts.surroundings,
     )
     source = SourceService(transport, store, worker, worker_id=parts.worker_id, incarnation=parts.incarnation)
-
-    def close() -> None:
-        reader.close()
-        source.close()
-
-    return Assembly(worker=worker, add_services=source.add_to, close=close)
+    return Assembly(worker=worker, add_services=source.add_to)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The common shell of both workers: model, server, step loop and their start and end in one process.
+"""The common shell of both workers: store, server, step loop and their start in one process, which ends with its host.
 
 Owns no decisions and no request state: a role's `assemble` builds its worker, everything else is the same. gRPC is
 imported when the process starts, not with this module.
@@ -88,12 +88,10 @@ class Assembly:
     worker: ManagedWorker
     add_services: Callable[[Any], None]
     """Registers the role's own services on the gRPC server, on its event loop."""
-    close: Callable[[], None]
-    """Gives back what was opened; called after the last step."""
 
 
 class WorkerProcess:
-    """`start`, serve until `stop`. A fatal engine error ends the whole operating-system process."""
+    """`start`, and serve until the process ends. A fatal engine error ends the whole operating-system process."""
 
     def __init__(self, config: WorkerConfig, assemble: Callable[[WorkerParts], Assembly], model: CheckedModel) -> None:
         self._config = config
@@ -105,7 +103,6 @@ class WorkerProcess:
         self._assembly: Assembly | None = None
         self._steps: StepLoop | None = None
         self._info: WorkerInfo | None = None
-        self._is_draining = False
 
     def start(self) -> WorkerInfo:
         """Make the KV store, listen, and begin to step; returns the registration."""
@@ -195,16 +192,6 @@ class WorkerProcess:
         """Prove the worker's invariants; raise AssertionError naming what is wrong."""
         if self._assembly is not None:
             self._assembly.worker.check()
-
-    def stop(self) -> None:
-        """End steps, streams and reads, in this order. Safe to call twice."""
-        if self._steps is not None:
-            self._steps.stop()
-        if self._server is not None:
-            self._server.stop()
-        if self._assembly is not None:
-            self._assembly.close()
-            self._assembly = None
 
 
 def _die(error: Exception) -> None:

@@ -25,7 +25,7 @@ def assemble(parts: WorkerParts) -> Assembly:
         worker_id=parts.worker_id,
         incarnation=parts.incarnation,
     )
-    return Assembly(worker=worker, add_services=source.add_to, close=source.close)
+    return Assembly(worker=worker, add_services=source.add_to)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from duopool.engine.transfer.transport import LeaseKeeper
 
 
 class SourceService:
-    """Holds what was opened for it until `close`. Raises Unavailable or TransferFailed."""
+    """Holds what was opened for it. Raises Unavailable or TransferFailed."""
 
     def __init__(
         self,
@@ -33,8 +33,3 @@ class SourceService:
         from duopool.engine.transfer.grpc_source import add_kv_source
 
         add_kv_source(server, keeper=self._keeper, store=self._store, incarnation=self._incarnation, nixl=self._nixl)
-
-    def close(self) -> None:
-        """Nobody can read the pages any more."""
-        if self._nixl is not None:
-            self._nixl.close()
