@@ -103,6 +103,8 @@ class WatchedWorker:
         self._listen()
         self._obey(command)
         self._worker.handle(command, session, now=now)
+        if isinstance(command, Rebind):
+            self._check_lease(command)
 
     def step(self, *, now: float) -> bool:
         return self._worker.step(now=now)
@@ -178,6 +180,17 @@ class WatchedWorker:
             self._laws.on_moment(kind, self._name, message.request.request_id)
         elif kind in MOMENTS:
             self._laws.on_moment(kind, self._name, message.request_id)  # type: ignore[attr-defined]
+
+    def _check_lease(self, rebind: Rebind) -> None:
+        """A lease never goes back to an older attempt."""
+        book = getattr(self._worker, "_leases", None)
+        holder = None if book is None else book.holder(rebind.lease_id)
+        newest = self._requests[rebind.request_id].newest
+        if holder is not None and holder.lease.attempt < newest:
+            self._breach(
+                f"gave the lease of {rebind.request_id[:6]} back to attempt {holder.lease.attempt}, "
+                f"after it was told of attempt {newest}"
+            )
 
     def _listen(self) -> None:
         for addressed in self._worker.take_events():

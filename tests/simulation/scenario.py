@@ -159,11 +159,13 @@ def scenario(seed: int) -> Scenario:
     prefill = tuple(f"prefill-{index}" for index in range(random.choice((1, 1, 2))))
     decode = tuple(f"decode-{index}" for index in range(random.choice((1, 2, 2, 3))))
     routers = tuple(f"router-{index}" for index in range(random.choice((1, 1, 2))))
+    is_crowded = random.random() < 0.4
     plan = _plan(random, prefill, decode, routers, has_digests=has_digests)
+    if is_crowded and random.random() < 0.6:
+        plan += _pursuit(random, decode, routers)
     # When single messages of a stream vanish or are overtaken, only a deadline is sure to end a request.
     is_lossy = any(isinstance(one.fault, Wild) and (one.fault.lost or one.fault.overtaken) for one in plan)
     timers = FAST if random.random() < 0.85 else {}
-    is_crowded = random.random() < 0.4
     return Scenario(
         seed=seed,
         timers=HandoffConfig(**timers, local_prefill_max_tokens=random.choice((0, 0, 6, 16))),
@@ -248,6 +250,19 @@ def _plan(
         if not isinstance(fault, Abandon) or isinstance(when, Moment):
             planned.append(Planned(when=when, fault=fault))
     return tuple(planned)
+
+
+def _pursuit(random: Random, decode: tuple[str, ...], routers: tuple[str, ...]) -> tuple[Planned, ...]:
+    """Leases change hands again and again while what was said of them before still comes in."""
+    doubled = Planned(when=0.3, fault=Wild(for_s=CHAOS_S, lost=0.0, doubled=0.6, overtaken=0.0))
+    breaks = tuple(
+        Planned(
+            when=0.5 + 1.5 * random.random(),
+            fault=Break(one=random.choice(routers), other=random.choice(decode), one_after_s=0.0, other_after_s=0.0),
+        )
+        for _ in range(3)
+    )
+    return (doubled, *breaks)
 
 
 def _fault(
