@@ -10,6 +10,7 @@ from duopool.core.config import (
     HandoffConfig,
     InternalConfig,
     ModelConfig,
+    QuantizationName,
     RouterConfig,
     SchedulerConfig,
     TlsFiles,
@@ -68,6 +69,8 @@ class ClusterConfig(BaseModel):
     """Ray cluster to join; a private local one is started when None."""
     num_threads: int | None = Field(default=None, ge=1)
     """Compute threads of each worker; as many as the driver may use when None."""
+    decode_quantization: QuantizationName | None = None
+    """Of the decode pool, which waits for memory; prefill waits for arithmetic and keeps the checkpoint's weights."""
     num_gpus_per_worker: float | None = Field(default=None, ge=0)
     """Share of a GPU per worker; an even share of what Ray has when None."""
 
@@ -78,10 +81,11 @@ class ClusterConfig(BaseModel):
 
     def worker(self, worker_id: WorkerId, role: Role, *, host: str, num_threads: int) -> WorkerConfig:
         """Configuration of one worker."""
+        quantization = self.decode_quantization if role is Role.DECODE else None
         return WorkerConfig(
             role=role,
             worker_id=worker_id,
-            model=self.model,
+            model=self.model.model_copy(update={"quantization": quantization}),
             cache=self.cache.model_copy(update={"memory_share": 1 / (self.prefill + self.decode)}),
             scheduler=self.scheduler,
             handoff=self.handoff,

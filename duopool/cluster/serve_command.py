@@ -26,6 +26,13 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Quantization(StrEnum):
+    """Weights of few bits."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
 class TransportChoice(StrEnum):
     """How KV blocks travel."""
 
@@ -79,6 +86,10 @@ def serve(
     internal_tls_key: Annotated[Path | None, typer.Option(help="Its PEM key.")] = None,
     internal_tls_ca: Annotated[Path | None, typer.Option(help="PEM authority that must have signed it.")] = None,
     dtype: Annotated[DType, typer.Option(help="Number format of weights, activations and KV.")] = DType.auto,
+    decode_quantization: Annotated[
+        Quantization | None,
+        typer.Option("--decode.quantization", help="Round the decode pool's weights to 8 or 4 bits (CPU)."),
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt plus output in tokens; the model's limit if not given.")
     ] = None,
@@ -155,6 +166,7 @@ def serve(
             ray_address=ray_address,
             num_threads=num_threads,
             num_gpus_per_worker=num_gpus_per_worker,
+            decode_quantization=None if decode_quantization is None else decode_quantization.value,
         )
     except ValidationError as error:
         for problem in error.errors():

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from duopool.core.types import Role
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
+QuantizationName = Literal["int8", "int4"]
 TransportName = Literal["auto", "nixl", "grpc"]
 
 
@@ -29,6 +30,8 @@ class ModelConfig(_Config):
     dtype: DTypeName = "auto"
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt plus output in tokens; the model's own limit when None."""
+    quantization: QuantizationName | None = None
+    """Round the weights at load; see docs/benchmarks.md for what that costs in quality."""
 
 
 class CacheConfig(_Config):

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from duopool.core.config import CacheConfig, ModelConfig
+from duopool.core.config import CacheConfig, ModelConfig, QuantizationName
 from duopool.core.errors import UnsupportedModel
 from duopool.engine.fused_model import fuse
 from duopool.engine.grammar import GrammarMasks
@@ -21,7 +21,9 @@ from duopool.engine.kv_layout import KVLayout
 from duopool.engine.model_loader import LoadedModel, load_model
 from duopool.engine.model_source import Progress, resolve_model
 from duopool.engine.overlay import apply_overlays
-from duopool.engine.probe import check_parity, eager_logits, find_layout
+from duopool.engine.probe import ROUNDED_TOLERANCE, check_parity, eager_logits, find_layout
+
+BITS: dict[QuantizationName, int] = {"int8": 8, "int4": 4}
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +54,36 @@ class CheckedModel:
         )
         masks = GrammarMasks.from_folder(source.folder, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
         report("checking attention")
-        return cls.of(model, cache_config.block_size, masks)
+        return cls.of(model, cache_config.block_size, masks, model_config.quantization)
 
     @classmethod
-    def of(cls, model: LoadedModel, block_size: int, masks: GrammarMasks | None = None) -> Self:
+    def of(
+        cls,
+        model: LoadedModel,
+        block_size: int,
+        masks: GrammarMasks | None = None,
+        quantization: QuantizationName | None = None,
+    ) -> Self:
         """Check a loaded model. Its module must not be used elsewhere afterwards; raise UnsupportedModel."""
         layout = find_layout(model, block_size)
-        return cls(model=_made_fast(model, layout, eager_logits(model)), layout=layout, masks=masks)
+        expected = eager_logits(model)
+        if quantization is None:
+            return cls(model=_made_fast(model, layout, expected), layout=layout, masks=masks)
+        return cls(model=_rounded(model, layout, expected, quantization), layout=layout, masks=masks)
+
+
+def _rounded(
+    model: LoadedModel, layout: KVLayout, expected: list[Tensor], quantization: QuantizationName
+) -> LoadedModel:
+    """The fused model with weights of few bits; how far that may take it from the original stands in probe.py."""
+    fused = fuse(model, bits=BITS[quantization])
+    if fused is None:
+        raise UnsupportedModel(
+            f"quantization {quantization} needs a model of the Llama shape on a CPU with our kernels"
+        )
+    whole = replace(model, module=fused)
+    check_parity(whole, layout, expected, tolerance=ROUNDED_TOLERANCE[quantization])
+    return whole
 
 
 def _made_fast(model: LoadedModel, layout: KVLayout, expected: list[Tensor]) -> LoadedModel:

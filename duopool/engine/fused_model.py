@@ -55,12 +55,15 @@ class FusedModel(nn.Module):
 
 
 @torch.inference_mode()
-def fuse(model: LoadedModel) -> FusedModel | None:
-    """The model as one call, or None if it does not have the shape. The original stays as it is."""
+def fuse(model: LoadedModel, bits: int | None = None) -> FusedModel | None:
+    """The model as one call, its products' weights rounded to `bits`; None if it does not have the shape for it.
+
+    The original stays as it is.
+    """
     module: Any = model.module
     if not _has_the_shape(module, model):
         return None
-    stack = ops.pack_stack(_weights(module, model))
+    stack = ops.pack_stack(_weights(module, model), bits)
     return None if stack is None else FusedModel(stack).eval()
 
 

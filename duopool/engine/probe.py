@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duopool.core.config import QuantizationName
 from duopool.core.errors import UnsupportedModel
 from duopool.core.step import Chunk, StepPlan
 from duopool.core.types import BlockId, RequestId
@@ -27,6 +28,8 @@ PROBE_LENGTHS = (23, 1, 14)
 PROBE_BLOCK_SIZE = 4
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 """Largest difference allowed, as a share of the eager logits' spread."""
+ROUNDED_TOLERANCE: dict[QuantizationName, float] = {"int8": 0.1, "int4": 0.5}
+"""As TOLERANCE, for weights of few bits: a wrong layer differs by more, how good a right one is must be measured."""
 
 
 def find_layout(model: LoadedModel, block_size: int) -> KVLayout:
@@ -50,14 +53,19 @@ def eager_logits(model: LoadedModel) -> list[Tensor]:
     return [_eager_logits(model, prompt) for prompt in _prompts(model)]
 
 
-def check_parity(model: LoadedModel, layout: KVLayout, expected: list[Tensor]) -> None:
-    """Compare a ragged, chunked run over scattered blocks with `eager_logits`; raise UnsupportedModel."""
+def check_parity(
+    model: LoadedModel, layout: KVLayout, expected: list[Tensor], *, tolerance: float | None = None
+) -> None:
+    """Compare a ragged, chunked run over scattered blocks with `eager_logits`; raise UnsupportedModel.
+
+    `tolerance` is the share of the logits' spread that is allowed, by default what suits the model's dtype.
+    """
     found = _paged_logits(model, layout, _prompts(model))
     worst = 0.0
     for eager, paged in zip(expected, found, strict=True):
         spread = (eager.amax() - eager.amin()).clamp(min=1e-6)
         worst = max(worst, float((eager - paged).abs().amax() / spread))
-    limit = TOLERANCE.get(model.dtype, 2e-3)
+    limit = TOLERANCE.get(model.dtype, 2e-3) if tolerance is None else tolerance
     if not worst <= limit:
         raise UnsupportedModel(
             f"{_name(model)}: logits differ from eager attention by {worst:.2%} of their spread (allowed {limit:.2%})"

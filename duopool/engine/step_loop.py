@@ -7,6 +7,7 @@ of the process is told.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -28,12 +29,17 @@ class StepLoop:
         flush: Callable[[], None],
         on_fatal: Callable[[Exception], None],
         clock: Callable[[], float] = time.monotonic,
+        niceness: int = 0,
     ) -> None:
-        """`flush` sends the worker's events on their way; `on_fatal` hears why the loop has ended by itself."""
+        """`flush` sends the worker's events on their way; `on_fatal` hears why the loop has ended by itself.
+
+        `niceness` holds for the steps and the threads they start, not for the rest of the process.
+        """
         self._worker = worker
         self._flush = flush
         self._on_fatal = on_fatal
         self._clock = clock
+        self._niceness = niceness
         self._next_tick = clock()
         self._awake = threading.Event()
         self._is_stopping = False
@@ -64,6 +70,8 @@ class StepLoop:
         return 0.0 if has_run else max(0.0, self._next_tick - self._clock())
 
     def _run(self) -> None:
+        if self._niceness:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while not self._is_stopping:
             self._awake.clear()
             try:

@@ -9,19 +9,22 @@ import pytest
 import torch
 from tiny_models import BYPASSING, FAMILIES, VOCAB_SIZE, make
 
-from duopool.core.config import CacheConfig
+from duopool.core.config import CacheConfig, QuantizationName
 from duopool.core.errors import UnsupportedModel
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import Chunk, SampleSpec, StepPlan
 from duopool.core.types import BlockId, RequestId
 from duopool.engine import checked_model
+from duopool.engine.checked_model import CheckedModel
 from duopool.engine.fused_model import FusedModel
 from duopool.engine.model_loader import adopt
+from duopool.engine.probe import check_parity, eager_logits
 from duopool.engine.runner import ModelRunner
 from duopool.kernels import ops
 from duopool.kernels.cpu_library import library
 
 CPU = library()
+needs_library = pytest.mark.skipif(CPU is None, reason="the compiled kernels are not built")
 needs_fusion = pytest.mark.skipif(
     CPU is None or CPU.torch_has_bfloat16_tiles, reason="this machine goes layer by layer"
 )
@@ -146,3 +149,20 @@ def test_layout_comes_from_what_attention_sees() -> None:
     runner = ModelRunner.from_model(adopt(make(FAMILIES["deepseek_v3"]())), CacheConfig(num_blocks=4))
     shapes = {(each.num_kv_heads, each.key_dim, each.value_dim) for each in runner.store.layout.layers}
     assert shapes == {(4, 16, 12)}
+
+
+@needs_library
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_weights_of_few_bits_stay_near_the_original(quantization: QuantizationName) -> None:
+    model = adopt(make(FAMILIES["qwen2"](), dtype=torch.bfloat16))
+    expected = eager_logits(model)
+    checked = CheckedModel.of(model, BLOCK_SIZE, quantization=quantization)
+    assert isinstance(checked.model.module, FusedModel)
+    exact = CheckedModel.of(adopt(make(FAMILIES["qwen2"](), dtype=torch.bfloat16)), BLOCK_SIZE)
+    with pytest.raises(UnsupportedModel, match="differ from eager"):
+        check_parity(checked.model, exact.layout, expected, tolerance=1e-3)
+
+
+def test_quantization_is_refused_where_it_does_not_exist() -> None:
+    with pytest.raises(UnsupportedModel, match="int8 needs a model of the Llama shape"):
+        CheckedModel.of(adopt(make(FAMILIES["gpt2"]())), BLOCK_SIZE, quantization="int8")
