@@ -42,7 +42,7 @@ def main(wanted: list[str]) -> int:
     failed = []
     with System.start(config, report=lambda stage, text: print(f"{stage:>8}  {text}", flush=True)) as system:
         told = {
-            "DUOPOOL_HTTP": system.http_url or "",
+            "DUOPOOL_HTTP": system.routers[0].http_url or "",
             "DUOPOOL_GRPC": system.address,
             "DUOPOOL_MODEL_FOLDER": str(folder),
             "DUOPOOL_BUF": str(ENVIRONMENTS / "npm/node_modules/.bin/buf"),

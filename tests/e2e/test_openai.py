@@ -209,7 +209,7 @@ def test_the_rest_of_the_interface_answers(client: OpenAI, system: System) -> No
 @pytest.mark.parametrize("example", ["openai_stream.py", "structured.py", "many_at_once.py"])
 def test_the_examples_of_the_documentation_run(example: str, system: System) -> None:
     root = Path(__file__).resolve().parents[2]
-    address = system.address if example == "many_at_once.py" else f"{system.http_url}/v1"
+    address = system.address if example == "many_at_once.py" else f"{system.routers[0].http_url}/v1"
     path = os.pathsep.join(part for part in (str(root), os.environ.get("PYTHONPATH", "")) if part)
     ran = subprocess.run(
         [sys.executable, root / "docs" / "examples" / example, address],
