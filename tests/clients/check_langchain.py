@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel, Field
@@ -27,7 +29,7 @@ assert isinstance(city.invoke("Tell me about Paris."), City)
 
 
 @tool
-def multiply(a: int, b: int) -> int:
+def multiply(a: Annotated[int, Field(ge=0, le=999)], b: Annotated[int, Field(ge=0, le=999)]) -> int:
     """Multiply two numbers."""
     return a * b
 
