@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from duopool.core.handoff.request import (
+    POISON_LIMIT,
     Action,
     Emit,
     Evicted,
@@ -409,14 +410,16 @@ def test_a_lost_decode_worker_costs_no_second_prefill() -> None:
     assert last.first_token == msgspec.structs.replace(tokens_of(1, 0), attempt=2)
 
 
-def test_two_dead_workers_end_a_request_that_may_be_poison() -> None:
+def test_dead_workers_one_after_the_other_end_a_request_that_may_be_poison() -> None:
     state, p, d, _ = leased()
-    state, _ = transition(state, Lost(d))
-    other = Member(WorkerId("d2"), Incarnation(3))
-    state, _ = transition(state, Routed(Route(prefill=p, decode=other)))
-    state, actions = transition(state, Lost(other))
+    for number in range(2, POISON_LIMIT + 1):
+        state, _ = transition(state, Lost(d))
+        assert not state.phase.is_final
+        d = Member(WorkerId(f"d{number}"), Incarnation(number))
+        state, _ = transition(state, Routed(Route(prefill=p, decode=d)))
+    state, actions = transition(state, Lost(d))
     assert state.phase is Phase.FAILED
-    assert Send(p, Cancel(request_id=REQUEST_ID, attempt=2)) in actions
+    assert Send(p, Cancel(request_id=REQUEST_ID, attempt=POISON_LIMIT)) in actions
 
 
 def test_dead_workers_are_not_held_against_a_request_that_goes_on_in_between() -> None:

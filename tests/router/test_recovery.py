@@ -8,7 +8,7 @@ import grpc
 import pytest
 from router_fakes import FakeCluster, FakeWorker, eventually, expected_output
 
-from duopool.core.handoff.request import Member
+from duopool.core.handoff.request import POISON_LIMIT, Member
 from duopool.core.messages import (
     Cancel,
     Heartbeat,
@@ -197,11 +197,12 @@ def test_nobody_to_serve_is_unavailable_after_a_while() -> None:
     asyncio.run(run())
 
 
-def test_a_request_that_takes_two_workers_down_is_not_tried_again() -> None:
+def test_a_request_that_takes_worker_after_worker_down_is_not_tried_again() -> None:
     async def run() -> None:
-        async with FakeCluster(four(step_s=30)) as cluster:
+        workers = [*four(step_s=30), FakeWorker("prefill-2", "prefill", step_s=30)]
+        async with FakeCluster(workers) as cluster:
             reading = Reading(cluster.inference.Generate(request()))
-            for _ in range(2):
+            for _ in range(POISON_LIMIT):
                 await eventually(lambda: busy(cluster.workers, "prefill"))
                 worker = busy(cluster.workers, "prefill")
                 assert worker is not None

@@ -77,8 +77,11 @@ __all__ = [
 ]
 """The values of `request_state.py` belong to this face."""
 
-POISON_LIMIT = 2
-"""A request whose attempts took this many workers down with them, without a decoded token in between, is given up."""
+POISON_LIMIT = 3
+"""A request whose attempts took this many workers down with them, without a decoded token in between, is given up.
+
+See docs/decisions/0004-three-deaths-are-poison.md.
+"""
 
 
 def begin(state: RequestState) -> Step:
