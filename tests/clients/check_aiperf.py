@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from system import BIN, HTTP, MODEL, run
 
+# Offline, aiperf looks for the tokenizer in the hub's cache alone; else it takes the folder of that name.
+os.environ.pop("HF_HUB_OFFLINE", None)
 run(
     *(BIN / "aiperf", "profile", "--model-names", MODEL, "--url", HTTP, "--endpoint-type", "chat", "--streaming"),
     *("--tokenizer", MODEL, "--concurrency", 2, "--request-count", 6, "--synthetic-input-tokens-mean", 64),
