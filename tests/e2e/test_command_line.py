@@ -38,6 +38,8 @@ class Server:
                 str(model),
                 "--port",
                 "0",
+                "--http-port",
+                "0",
                 "--num-blocks",
                 "64",
                 "--num-threads",
@@ -149,7 +151,7 @@ def test_a_rolling_restart_renews_every_worker_under_load(server: Server) -> Non
 def test_an_audit_of_a_sound_system_finds_nothing(server: Server) -> None:
     answer = duopool("audit", "--at-rest", "--address", server.address)
     assert answer.returncode == 0, answer.stderr
-    for process in ("router", "prefill-0", "decode-"):
+    for process in ("router", "prefill-", "decode-"):
         assert process in answer.stdout
 
 
