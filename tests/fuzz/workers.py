@@ -6,6 +6,7 @@ the process as in production; at the end both prove their invariants, and the ex
 
 from __future__ import annotations
 
+import os
 import sys
 
 import msgspec
@@ -18,7 +19,7 @@ from duopool.engine.worker_process import WorkerProcess
 from duopool.prefill_worker.process import assemble as assemble_prefill
 
 
-def main(folder: str) -> int:
+def main(folder: str) -> None:
     processes = []
     for role, assemble in ((Role.PREFILL, assemble_prefill), (Role.DECODE, assemble_decode)):
         config = WorkerConfig(
@@ -36,10 +37,9 @@ def main(folder: str) -> int:
     sys.stdin.read()
     for process in processes:
         process.check()
-    for process in processes:
-        process.stop()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1])
+    # Workers end with their process, whatever their threads are doing.
+    os._exit(0)
