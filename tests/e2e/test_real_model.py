@@ -125,7 +125,7 @@ def test_pools_grow_lose_workers_and_shrink_under_load(system: System, reference
         scale(system.address, prefill=2, decode=2)
         grown = wait_for(system.address, has_workers(everyone))
         load.wait_until_served_by(everyone)
-        # One after the other: a request that loses two workers is given up as poison.
+        # One after the other: a request that loses worker after worker is given up as poison.
         for worker_id in ("decode-0", "prefill-0"):
             (victim,) = [worker.pid for worker in grown.workers if worker.worker_id == worker_id]
             os.kill(victim, signal.SIGKILL)
