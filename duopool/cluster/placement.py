@@ -21,7 +21,7 @@ CPUS_PER_WORKER = 0.01
 def actor_options(
     worker_id: WorkerId, role: Role, resources: Mapping[str, float], *, num_threads: int, num_gpus: float
 ) -> dict[str, Any]:
-    """Options of the actor. `resources` are the totals of the cluster.
+    """Options of the actor. `resources` are what the cluster has, or ever had.
 
     `max_restarts` is 0: a restarted actor would answer under the same handle with empty state, so the supervisor starts
     a new one, with a new incarnation, itself.

@@ -53,6 +53,8 @@ class System:
         self._config = config
         self._worker_model = config.model if ray_cluster.is_local else asked_model
         self._ray = ray_cluster
+        self._resources: dict[str, float] = {}
+        """All that the cluster ever had: a pool whose last node is gone waits for one of its own kind."""
         self._commands: queue.SimpleQueue[tuple[RouterPlace, control_pb2.ClusterCommand]] = queue.SimpleQueue()
         access = InternalAccess.load(config.internal)
         self.routers = tuple(
@@ -237,10 +239,11 @@ class System:
 
         num_threads = self._config.num_threads or available_cpus()
         num_workers = self._config.prefill + self._config.decode
+        self._resources |= ray.cluster_resources()
         options = actor_options(
             worker_id,
             role,
-            ray.cluster_resources(),
+            self._resources,
             num_threads=num_threads,
             num_gpus=gpu_share(self._ray.num_gpus, num_workers, self._config.num_gpus_per_worker),
         )
