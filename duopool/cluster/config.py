@@ -79,7 +79,9 @@ class ClusterConfig(BaseModel):
         """Initial size of each pool."""
         return {Role.PREFILL: self.prefill, Role.DECODE: self.decode}
 
-    def worker(self, worker_id: WorkerId, role: Role, *, host: str, num_threads: int) -> WorkerConfig:
+    def worker(
+        self, worker_id: WorkerId, role: Role, *, host: str, num_threads: int, shares_cores: bool
+    ) -> WorkerConfig:
         """Configuration of one worker."""
         quantization = self.decode_quantization if role is Role.DECODE else None
         return WorkerConfig(
@@ -92,6 +94,7 @@ class ClusterConfig(BaseModel):
             internal=self.internal,
             host=host,
             num_threads=num_threads,
+            shares_cores=shares_cores,
         )
 
     def router(self, number: int = 0) -> RouterConfig:

@@ -34,9 +34,14 @@ def actor_options(
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": environment(num_threads)},
     }
-    if role.value in resources:
+    if has_own_nodes(role, resources):
         options["resources"] = {role.value: 1}
     return options
+
+
+def has_own_nodes(role: Role, resources: Mapping[str, float]) -> bool:
+    """Whether the cluster, whose resources these are, keeps nodes for the role alone."""
+    return role.value in resources
 
 
 def environment(num_threads: int) -> dict[str, str]:

@@ -20,7 +20,7 @@ from duopool.cluster.admin_access import prepare
 from duopool.cluster.config import ClusterConfig
 from duopool.cluster.launch import LOOPBACK, RayCluster, available_cpus, launch
 from duopool.cluster.membership import ClusterView
-from duopool.cluster.placement import actor_options, gpu_share
+from duopool.cluster.placement import actor_options, gpu_share, has_own_nodes
 from duopool.cluster.router_place import RouterPlace
 from duopool.cluster.supervisor import Supervisor
 from duopool.cluster.worker_process import RayWorkerProcess
@@ -240,16 +240,17 @@ class System:
         num_threads = self._config.num_threads or available_cpus()
         num_workers = self._config.prefill + self._config.decode
         self._resources |= ray.cluster_resources()
-        options = actor_options(
-            worker_id,
-            role,
-            self._resources,
-            num_threads=num_threads,
-            num_gpus=gpu_share(self._ray.num_gpus, num_workers, self._config.num_gpus_per_worker),
-        )
+        num_gpus = gpu_share(self._ray.num_gpus, num_workers, self._config.num_gpus_per_worker)
+        options = actor_options(worker_id, role, self._resources, num_threads=num_threads, num_gpus=num_gpus)
         # A worker on another node must be reached from everywhere; its actor finds out its node's address.
         host = LOOPBACK if self._ray.is_local else NODE_ADDRESS
-        worker = self._config.worker(worker_id, role, host=host, num_threads=num_threads)
+        worker = self._config.worker(
+            worker_id,
+            role,
+            host=host,
+            num_threads=num_threads,
+            shares_cores=not num_gpus and not has_own_nodes(role, self._resources),
+        )
         return RayWorkerProcess(worker.model_copy(update={"model": self._worker_model}), options=options)
 
 

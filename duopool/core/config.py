@@ -123,6 +123,8 @@ class WorkerConfig(_Config):
     host: str = "127.0.0.1"
     """Address this worker listens on and is reached at; ports are chosen by the system."""
     num_threads: int | None = Field(default=None, ge=1)
+    shares_cores: bool = True
+    """With the other pool: prefill steps then stand behind decode steps, and decode steps wait for bursts."""
 
 
 class RouterConfig(_Config):

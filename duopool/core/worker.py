@@ -42,6 +42,11 @@ class Worker(Protocol):
         """Schedule, run and commit one step; False if there was nothing to run. Called from one thread only."""
         ...
 
+    @property
+    def rest_s(self) -> float:
+        """How long the worker would leave the cores to others before its next step, in seconds."""
+        ...
+
     def tick(self, *, now: float) -> None:
         """Let timers act: leases, orphans, deadlines, tombstones. Called every few hundred milliseconds."""
         ...

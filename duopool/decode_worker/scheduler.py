@@ -49,6 +49,11 @@ class DecodeScheduler:
         waiting = sum(one.num_missing_tokens for one in self.waiting if one.slot is None)
         return waiting + sum(one.num_missing_tokens for one in self.running if not one.is_decoding)
 
+    @property
+    def num_coming(self) -> int:
+        """Requests that will join the batch as soon as others have prefilled them."""
+        return sum(one.slot is not None and not one.slot.is_moving for one in self.pulling)
+
     def add(self, request: DecodeRequest) -> None:
         """Let a request wait in its place."""
         insort(self.waiting, request, key=_urgency)

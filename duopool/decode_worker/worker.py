@@ -52,6 +52,7 @@ from duopool.decode_worker.decode_request import DecodePhase, DecodeRequest, tab
 from duopool.decode_worker.departures import Departures
 from duopool.decode_worker.handoff import Answer, Handoffs, Outcome
 from duopool.decode_worker.holder import holder
+from duopool.decode_worker.pace import rest_s
 from duopool.decode_worker.scheduler import DecodeScheduler
 from duopool.engine.arrivals import Arrivals, Standing, due_at
 from duopool.engine.failpoints import Failpoint, reach
@@ -84,6 +85,7 @@ class DecodeWorker:
         self._runner = runner
         self._clock = surroundings.clock
         self._timers = config.handoff
+        self._shares_cores = config.shares_cores
         self._max_tokens = manager.num_blocks * manager.block_size + 1
         """Longest sequence the pool can bring forth: the last token needs no KV."""
         self._scheduler = DecodeScheduler(manager, config.scheduler, eos_token_ids=model.eos_token_ids)
@@ -163,6 +165,14 @@ class DecodeWorker:
             for request in self._departures.commit(listings, sealed, now=self._clock()):
                 self._scheduler.park(request)
         return True
+
+    @property
+    def rest_s(self) -> float:
+        with self._lock:
+            if not self._shares_cores or self._scheduler.num_pending_tokens:
+                return 0.0
+            num_running, num_coming = len(self._scheduler.running), self._scheduler.num_coming
+            return rest_s(step_s=self._batch.step_s, num_running=num_running, num_coming=num_coming)
 
     def tick(self, *, now: float) -> None:
         with self._changing():

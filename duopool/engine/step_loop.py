@@ -1,4 +1,5 @@
-"""Runs a worker's steps on a thread of their own: step while there is work, else wait to be woken; timers in between.
+"""Runs a worker's steps on a thread of their own: step while there is work, rest in between as long as the worker asks
+to, else wait to be woken; timers in between.
 
 Owns the thread and its clock. A failing step is fatal: what the worker has to say about it is flushed, then the owner
 of the process is told.
@@ -41,6 +42,7 @@ class StepLoop:
         self._clock = clock
         self._niceness = niceness
         self._next_tick = clock()
+        self._next_step = clock()
         self._awake = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="duopool-steps", daemon=True)
@@ -60,14 +62,18 @@ class StepLoop:
             self._thread.join(timeout_s)
 
     def turn(self) -> float:
-        """Tick if it is time, take a step if there is work; seconds until the next turn is due unless woken before."""
+        """Tick if it is time, take a step if there is work and no rest; seconds until the next turn unless woken."""
         now = self._clock()
         if now >= self._next_tick:
             self._worker.tick(now=now)
             self._next_tick = now + TICK_S
-        has_run = self._worker.step(now=now)
+        is_resting = now < self._next_step
+        has_run = not is_resting and self._worker.step(now=now)
         self._flush()
-        return 0.0 if has_run else max(0.0, self._next_tick - self._clock())
+        if has_run:
+            self._next_step = self._clock() + self._worker.rest_s
+        due = min(self._next_tick, self._next_step) if has_run or is_resting else self._next_tick
+        return max(0.0, due - self._clock())
 
     def _run(self) -> None:
         if self._niceness:

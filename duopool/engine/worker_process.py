@@ -144,7 +144,7 @@ class WorkerProcess:
             flush=lambda: service.flush(),
             on_fatal=_die,
             clock=self._clock,
-            niceness=PREFILL_NICENESS if config.role is Role.PREFILL else 0,
+            niceness=PREFILL_NICENESS if config.role is Role.PREFILL and config.shares_cores else 0,
         )
         service = WorkerService(
             assembly.worker,

@@ -146,6 +146,10 @@ class PrefillWorker:
             self._commit(stretches, result, sealed, started_at=now)
         return True
 
+    @property
+    def rest_s(self) -> float:
+        return 0.0
+
     def tick(self, *, now: float) -> None:
         with self._lock:
             self._end_late(now=now)

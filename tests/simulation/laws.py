@@ -109,6 +109,10 @@ class WatchedWorker:
     def step(self, *, now: float) -> bool:
         return self._worker.step(now=now)
 
+    @property
+    def rest_s(self) -> float:
+        return self._worker.rest_s
+
     def tick(self, *, now: float) -> None:
         self._worker.tick(now=now)
 
