@@ -84,8 +84,10 @@ def drain(
 ) -> None:
     """Move a worker's running requests to others and stop it; its pool gets another worker in its stead."""
     with admin_of(address) as admin:
-        admin.Drain(pb.DrainRequest(worker_id=worker_id), timeout=CALL_TIMEOUT_S)
-        _wait_until(admin, wait, lambda state: all(worker.worker_id != worker_id for worker in state.workers))
+        state = admin.ClusterState(pb.ClusterStateRequest(), timeout=CALL_TIMEOUT_S)
+        life = next((worker.incarnation for worker in state.workers if worker.worker_id == worker_id), 0)
+        admin.Drain(pb.DrainRequest(worker_id=worker_id, incarnation=life), timeout=CALL_TIMEOUT_S)
+        _wait_until(admin, wait, lambda state: all(worker.incarnation != life for worker in state.workers))
 
 
 def restart(

@@ -87,11 +87,16 @@ class Supervisor:
             wanted[Role(name)] = size
         self.wanted = wanted
 
-    def drain(self, worker_id: str, now: float) -> None:
-        """Let a worker finish and stop it; its pool gets another one. Raises WorkerNotFound."""
+    def drain(self, worker_id: str, incarnation: int, now: float) -> None:
+        """Let a worker finish and stop it; its pool gets another one.
+
+        Raises WorkerNotFound, also for a successor of the one that was meant.
+        """
         place = self._places.get(WorkerId(worker_id))
         if place is None or place.info is None:
             raise WorkerNotFound(f"there is no worker {worker_id!r}")
+        if place.info.incarnation != incarnation:
+            raise WorkerNotFound(f"worker {worker_id!r} has been replaced since")
         if place.state is PlaceState.READY:
             self._drain(place, now)
 

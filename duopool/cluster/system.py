@@ -213,7 +213,7 @@ class System:
                 case "scale":
                     self._supervisor.scale(dict(command.scale.pools))
                 case "drain":
-                    self._supervisor.drain(command.drain.worker_id, now)
+                    self._supervisor.drain(command.drain.worker_id, command.drain.incarnation, now)
                 case "restart":
                     self._supervisor.restart(drain_first=command.restart.drain_first)
                 case other:

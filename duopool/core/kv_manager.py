@@ -12,7 +12,7 @@ write (`prepare_write`). Copies are to be made in the order given, before anythi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from duopool.core.block_keys import KeyChain
 from duopool.core.block_pool import BlockPool
@@ -41,13 +41,15 @@ class NotAdmitted(DuopoolError, KeyError):
 class _Sequence:
     """What the manager keeps for one request."""
 
-    __slots__ = ("chain", "num_published", "table")
+    __slots__ = ("chain", "is_wrong", "num_published", "table")
 
     def __init__(self, chain: KeyChain, table: BlockTable, num_published: int) -> None:
         self.chain = chain
         self.table = table
         self.num_published = num_published
         """Leading blocks whose keys were offered to the cache."""
+        self.is_wrong = False
+        """It holds a block that was discarded: nothing of it may be shared."""
 
 
 class KVCacheManager:
@@ -121,25 +123,6 @@ class KVCacheManager:
         self._sequences[request_id] = _Sequence(chain, BlockTable(self.block_size, matched), len(matched))
         return len(matched) * self.block_size
 
-    def match_again(self, request_id: RequestId, *, max_cached_tokens: int | None = None) -> int:
-        """Use what became cached since `admit`, in place of blocks that nothing was written to yet.
-
-        Returns how many leading tokens are cached, as `admit` does; never fewer than before. Only for a sequence of
-        which nothing behind its cached prefix is written.
-        """
-        sequence = self._sequence(request_id)
-        keys, start = sequence.chain.keys, sequence.num_published
-        limit = len(keys) if max_cached_tokens is None else min(len(keys), max_cached_tokens // self.block_size)
-        matched = self._cache.match(keys[:limit])[start:]
-        if matched:
-            end = start + len(matched)
-            unwritten = sequence.table.block_ids[start:end]
-            self._retain(matched)
-            sequence.table.block_ids[start:end] = matched
-            sequence.num_published = end
-            self._release(unwritten)
-        return sequence.num_published * self.block_size
-
     def reserve(self, request_id: RequestId, num_tokens: int) -> None:
         """Grow the table to hold `num_tokens` tokens, evicting cached blocks when the free list is short.
 
@@ -163,7 +146,7 @@ class KVCacheManager:
         sequence = self._sequence(request_id)
         end = num_computed_tokens // self.block_size
         start = sequence.num_published
-        if end <= start:
+        if end <= start or sequence.is_wrong:
             return
         keys, block_ids = sequence.chain.keys, sequence.table.block_ids
         if end > len(keys) or end > len(block_ids):
@@ -177,6 +160,15 @@ class KVCacheManager:
             start -= 1
         self._cache.insert(keys[start:end], block_ids[start:end], parent=keys[start - 1] if start else None)
         sequence.num_published = end
+
+    def discard(self, block_ids: Collection[BlockId]) -> None:
+        """What these blocks hold is not what was written: they, and all that is cached behind them, serve nobody anew.
+
+        Tables that hold one of them keep it, and publish nothing from then on.
+        """
+        self._pool.give_back(self._cache.forget(block_ids))
+        for sequence in self._sequences.values():
+            sequence.is_wrong |= any(block_id in block_ids for block_id in sequence.table.block_ids)
 
     def block_ids(self, request_id: RequestId) -> Sequence[BlockId]:
         """The request's block table (live)."""
@@ -193,6 +185,7 @@ class KVCacheManager:
             raise AlreadyAdmitted(child)
         self._retain(sequence.table.block_ids)
         self._sequences[child] = _Sequence(sequence.chain.copy(), sequence.table.copy(), sequence.num_published)
+        self._sequences[child].is_wrong = sequence.is_wrong
 
     def prepare_write(self, request_id: RequestId, start: int, end: int) -> list[BlockCopy]:
         """Make the blocks of positions [start, end) the request's own: copies to make before the write.

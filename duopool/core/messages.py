@@ -69,7 +69,10 @@ class Prefill(Message, frozen=True, kw_only=True):
 
 
 class Reserve(Message, frozen=True, kw_only=True):
-    """To D: take head-room for the request; its blocks come from P, or are computed here if `local_prefill`."""
+    """To D: the request is to decode here; its blocks come from P, or are computed here if `local_prefill`.
+
+    Head-room is taken when P has listed the first of them.
+    """
 
     request: GenerationRequest
     attempt: int
@@ -108,6 +111,8 @@ class Cancel(Message, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: int
+    check_pages: bool = False
+    """To P: D could not read what was sealed. Pages that do not hold it any more must not serve as cache."""
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -170,7 +175,10 @@ class Accepted(Message, frozen=True, kw_only=True):
 
 
 class Reserved(Message, frozen=True, kw_only=True):
-    """D took head-room; `num_cached_tokens` of the prefix need not be pulled."""
+    """D took head-room; `num_cached_tokens` of the prefix need not be pulled.
+
+    Also said from time to time while D waits for blocks, so that a router whose Cancel was lost can repeat it.
+    """
 
     request_id: RequestId
     attempt: int
@@ -265,7 +273,10 @@ class WorkerLoad(Message, frozen=True, kw_only=True):
     num_free_blocks: int = 0
     num_cached_blocks: int = 0
     num_steps: int = 0
-    """Steps run since the worker started: the progress watchdog looks at this."""
+    """Steps run since the worker started."""
+    num_ticks: int = 0
+    """Rounds of the thread that steps, idle ones too: the stall watchdog looks at this. A worker that has no room for
+    what waits lives on; one whose step hangs does not."""
     num_computed_tokens: int = 0
     """Tokens whose KV was computed here, ever."""
     num_pulled_blocks: int = 0

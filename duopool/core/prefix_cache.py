@@ -8,7 +8,7 @@ clock. Does not own reference counts or the free list: the manager reports when 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 
 from duopool.core.kv_events import KvEvent, KvRemoved, KvStored
@@ -104,20 +104,29 @@ class PrefixCache:
             key = self._keys[block_id]
             if key is None or not self._is_evictable_leaf(block_id) or self._last_use[block_id] != last_use:
                 continue
-            self._tree.remove(key)
+            self._remove(key, block_id)
             evicted.append(block_id)
             removed.append(key)
-            above = self._parents[block_id]
-            self._keys[block_id] = None
-            self._parents[block_id] = _NOTHING
-            self._num_evictable -= 1
-            if above != _NOTHING:
-                self._num_children[above] -= 1
-                if self._is_evictable_leaf(above):
-                    heappush(self._leaves, (self._last_use[above], above))
         if removed:
             self._events.append(KvRemoved(tuple(removed)))
         return evicted
+
+    def forget(self, block_ids: Container[BlockId]) -> list[BlockId]:
+        """Uncache `block_ids` and all blocks behind them, held or not; returns those that nobody counted on."""
+        doomed: dict[BlockId, BlockKey] = {}
+        for key, block_id in self._tree.items():
+            if block_id in block_ids or self._parents[block_id] in doomed:
+                doomed[block_id] = key
+        free = []
+        for block_id, key in reversed(doomed.items()):
+            if self._holds[block_id]:
+                self._drop(block_id)
+            else:
+                free.append(block_id)
+            self._remove(key, block_id)
+        if doomed:
+            self._events.append(KvRemoved(tuple(doomed.values())))
+        return free
 
     def drain_events(self) -> list[KvEvent]:
         """Events since the last call, oldest first."""
@@ -162,6 +171,18 @@ class PrefixCache:
             if above != _NOTHING and self._holds[child]:
                 held_children[above] += 1
         return {BlockId(index) for index, held in enumerate(held_children) if self._holds[index] > held}
+
+    def _remove(self, key: BlockKey, block_id: BlockId) -> None:
+        """Take an evictable leaf out of the tree."""
+        self._tree.remove(key)
+        above = self._parents[block_id]
+        self._keys[block_id] = None
+        self._parents[block_id] = _NOTHING
+        self._num_evictable -= 1
+        if above != _NOTHING:
+            self._num_children[above] -= 1
+            if self._is_evictable_leaf(above):
+                self._queue(above)
 
     def _block_at(self, key: BlockKey) -> BlockId:
         block_id = self._tree.get(key)

@@ -15,7 +15,7 @@ from duopool.core.worker import SessionId
 
 class DecodePhase(Enum):
     WAITING = auto()
-    """No block is held: new, or preempted."""
+    """No block is held: new, nothing listed yet, or preempted."""
     PULLING = auto()
     """Blocks are held for a handoff; `slot` says how far it is."""
     RUNNING = auto()
@@ -45,13 +45,13 @@ class DecodeRequest:
     """The handoff; None when the prefix is computed here."""
     output: list[int]
     """Tokens emitted so far, over all attempts."""
+    told_at: float
+    """When the router was last told that the request is here; at first, when it said so itself."""
     phase: DecodePhase = DecodePhase.WAITING
     is_in_step: bool = False
     """A running step writes to the table."""
     has_begun: bool = False
     """The router knows that the request was taken; deadlines are the router's from here on."""
-    reserved_at: float = 0.0
-    """When the router was last told that blocks are held."""
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
     """Leading tokens whose KV is in the table."""
@@ -93,6 +93,16 @@ class DecodeRequest:
         if self.slot is not None:
             return self.num_tokens
         return self.num_tokens - 1 if self.num_prompt_logprobs is None else 0
+
+    @property
+    def is_handed_over(self) -> bool:
+        """Its blocks come, or are to come, from another worker."""
+        return self.slot is not None and self.phase in (DecodePhase.WAITING, DecodePhase.PULLING)
+
+    @property
+    def wants_blocks(self) -> bool:
+        """A handoff takes blocks here only once its source holds them: nobody keeps room here while it waits there."""
+        return self.slot is None or self.slot.lease is not None
 
     @property
     def urgency(self) -> tuple[bool, float, int]:

@@ -3,10 +3,11 @@
 Continuous batching: every running request gets one token per step; what is left of the token budget goes to prefixes
 that are computed here (short prompts, and recompute after preemption). Nobody in the batch ever waits for a handoff.
 
-Admission is earliest deadline first, and leaves head-room so that running requests can grow. When one cannot grow, the
-request that arrived last gives up its blocks, keeps its tokens, and waits again before all that have not begun: what it
-had computed is still cached unless others needed the room. Owns the queues; blocks belong to the manager, messages to
-the worker.
+Admission is earliest deadline first, and leaves head-room so that running requests can grow. A handoff is admitted once
+its source has listed something: blocks are taken there first and here second, so that two requests never wait for each
+other's. When one cannot grow, the request that arrived last gives up its blocks, keeps its tokens, and waits again
+before all that have not begun: what it had computed is still cached unless others needed the room. Owns the queues;
+blocks belong to the manager, messages to the worker.
 """
 
 from __future__ import annotations
@@ -42,6 +43,15 @@ class DecodeScheduler:
         self._config = config
         self._eos_token_ids = eos_token_ids
         self._num_kept_free = int(config.watermark * manager.num_blocks)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for room here.
+
+        Handoffs of which nothing is listed are bounded by their sources' queues; were they counted, one that waits for
+        blocks there could keep out the one that holds them.
+        """
+        return sum(one.wants_blocks for one in self.waiting)
 
     @property
     def num_pending_tokens(self) -> int:
@@ -83,13 +93,12 @@ class DecodeScheduler:
                 queue.remove(request)
 
     def admit(self) -> list[DecodeRequest]:
-        """Give blocks to waiting requests, in order, as long as there is head-room; return those that got them."""
+        """Give blocks to those that want them, in order, as long as there is head-room; return those that got them."""
         admitted = []
-        while self.waiting and self._num_seqs < self._config.max_num_seqs:
-            request = self.waiting[0]
-            if not self._open_table(request):
+        for request in [one for one in self.waiting if one.wants_blocks]:
+            if self._num_seqs >= self._config.max_num_seqs or not self._open_table(request):
                 break
-            del self.waiting[0]
+            self.waiting.remove(request)
             if request.slot is None:
                 request.phase = DecodePhase.RUNNING
                 insort(self.running, request, key=_order)

@@ -1,10 +1,11 @@
 """A decode worker: takes head-room for requests, pulls their blocks from prefill workers, and decodes them together.
 
-1. `Reserve` lets a request wait for head-room; `Reserved` tells the router when it has it. 2. Every `BlocksReady`
-starts a read of the blocks that are not cached here, while the prefill worker still computes. 3. When all is read and
-the prefill worker has confirmed its lease, the request joins the batch behind its first token. 4. Every step gives each
-running request one token. A `Reserve` with `local_prefill` skips 2 and 3: the prefix is computed here. 5. After
-`Migrate` a running request goes over to another decode worker, which reads its blocks from here.
+1. `Reserve` announces a request. With its first `BlocksReady` it waits for head-room; `Reserved` tells the router when
+it has it. 2. Every `BlocksReady` starts a read of the blocks that are not cached here, while the prefill worker still
+computes. 3. When all is read and the prefill worker has confirmed its lease, the request joins the batch behind its
+first token. 4. Every step gives each running request one token. A `Reserve` with `local_prefill` skips 2 and 3: the
+prefix is computed here. 5. After `Migrate` a running request goes over to another decode worker, which reads its blocks
+from here.
 
 Handoffs are driven by `handoff.py`, migrations by `departures.py`; here is what they mean for queues, blocks and the
 router. Commands and the reader's answers are taken while a step runs: the lock covers bookkeeping only, and the reader
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from duopool.core.config import WorkerConfig
 from duopool.core.errors import OutOfBlocks
 from duopool.core.handoff import slot as slots
-from duopool.core.handoff.slot import Slot, SlotPhase
+from duopool.core.handoff.slot import Slot
 from duopool.core.kv_manager import KVCacheManager
 from duopool.core.ledger import WorkerLedger
 from duopool.core.messages import (
@@ -104,6 +105,7 @@ class DecodeWorker:
             self._scheduler, model=model, manager=manager, outbox=self._outbox, max_tokens=self._max_tokens
         )
         self._num_arrived = 0
+        self._num_ticks = 0
         self._lock = threading.Lock()
 
     # ---- Worker --------------------------------------------------------------------------------------------------
@@ -176,10 +178,11 @@ class DecodeWorker:
 
     def tick(self, *, now: float) -> None:
         with self._changing():
+            self._num_ticks += 1
             for request in list(self._requests.values()):
                 if self._outbox.is_silent(request.session, now=now, limit_s=self._timers.orphan_ttl_s):
                     self._nack(request, NackReason.STALE, "the router was silent for too long")
-                elif request.phase is DecodePhase.PULLING and now - request.reserved_at >= self._timers.lease_ttl_s:
+                elif request.is_handed_over and now - request.told_at >= self._timers.lease_ttl_s:
                     # Nothing else would be said while no block comes: a router whose Cancel was lost cancels again.
                     self._say_reserved(request)
             self._departures.tick(now=now)
@@ -258,7 +261,7 @@ class DecodeWorker:
                 request,
                 num_tokens_in_pool=self._max_tokens - 1,
                 num_tokens_ahead=1,
-                num_waiting=len(self._scheduler.waiting),
+                num_waiting=self._scheduler.num_waiting,
                 num_pending_tokens=self._scheduler.num_pending_tokens,
             )
             if refusal is not None:
@@ -280,6 +283,7 @@ class DecodeWorker:
             keys=self._manager.keys(request.token_ids, request.cache_salt),
             slot=None if command.local_prefill else Slot(attempt=command.attempt, is_moving=command.is_moving),
             output=list(request.output_token_ids),
+            told_at=now,
         )
         self._requests[request.request_id] = decode_request
         self._scheduler.add(decode_request)
@@ -303,11 +307,7 @@ class DecodeWorker:
         elif is_moving and not self._make_room(request, num_listed):
             self._nack(request, NackReason.BUSY, f"no room for the {num_listed} blocks that the request has grown to")
         else:
-            if request.has_begun:
-                reach(Failpoint.RESERVED)
-            num_cached_blocks = self._match_again(request, request.slot)
-            listed = slots.Listed(message, self._table(request), num_cached_blocks)
-            self._do(request, self._handoffs.advance(request, listed))
+            self._do(request, self._handoffs.advance(request, slots.Listed(message, self._table(request))))
 
     def _migrate(self, command: Migrate, session: SessionId, *, now: float) -> None:
         request = self._requests.get(command.request_id)
@@ -344,6 +344,7 @@ class DecodeWorker:
             if not self._make_room(request, len(request.slot.sealed)):
                 self._nack(request, NackReason.BUSY, "no room for the blocks that the request has grown to")
                 continue
+            reach(Failpoint.RESERVED)
             num_cached_blocks = request.num_cached_tokens // self._manager.block_size
             granted = slots.Granted(self._table(request), num_cached_blocks)
             self._do(request, self._handoffs.advance(request, granted))
@@ -351,14 +352,6 @@ class DecodeWorker:
     def _table(self, request: DecodeRequest) -> tuple[BlockId, ...]:
         """The request's blocks; none while it waits."""
         return tuple(self._manager.block_ids(request.table)) if self._manager.has(request.table) else ()
-
-    def _match_again(self, request: DecodeRequest, slot: Slot) -> int:
-        """Leading blocks that need no read: twins of a burst are reserved before the first brings what they share."""
-        if slot.phase is SlotPhase.RESERVED:
-            limit = request.max_cached_tokens
-            request.num_cached_tokens = self._manager.match_again(request.table, max_cached_tokens=limit)
-            request.num_computed_tokens = request.num_cached_tokens
-        return request.num_cached_tokens // self._manager.block_size
 
     def _make_room(self, request: DecodeRequest, num_blocks: int) -> bool:
         """Let the table hold `num_blocks` blocks, if there is one; a request that moves here grows on its way."""
@@ -370,7 +363,7 @@ class DecodeWorker:
         return True
 
     def _say_reserved(self, request: DecodeRequest) -> None:
-        request.reserved_at = self._clock()
+        request.told_at = self._clock()
         self._outbox.say(request.session, request.reserved())
 
     def _take_answer(self, request: DecodeRequest, answer: Answer) -> None:
@@ -487,6 +480,7 @@ class DecodeWorker:
             num_free_blocks=self._manager.num_free,
             num_cached_blocks=self._manager.num_cached,
             num_steps=self._batch.num_steps,
+            num_ticks=self._num_ticks,
             num_computed_tokens=self._batch.num_computed_tokens,
             num_pulled_blocks=self._handoffs.num_pulled_blocks,
             num_preemptions=self._scheduler.num_preemptions,

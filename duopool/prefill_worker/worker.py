@@ -11,6 +11,7 @@ ends while a step writes to its blocks keeps them until the step has ended.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
@@ -53,6 +54,8 @@ from duopool.prefill_worker.prefill_request import PrefillPhase, PrefillRequest,
 from duopool.prefill_worker.scheduler import PrefillScheduler
 from duopool.prefill_worker.stretch import Stretch, stretch_of
 
+log = logging.getLogger(__name__)
+
 
 class PrefillWorker:
     """Implements `core.worker.Worker` and `engine.transfer.transport.LeaseKeeper`."""
@@ -72,6 +75,7 @@ class PrefillWorker:
         self._model = model
         self._manager = manager
         self._runner = runner
+        self._seal = surroundings.seal
         self._sealer = Sealer(surroundings.seal)
         self._clock = surroundings.clock
         self._timers = config.handoff
@@ -85,6 +89,7 @@ class PrefillWorker:
         self._in_step: list[Stretch] = []
         """What the step that runs now does."""
         self._num_steps = 0
+        self._num_ticks = 0
         self._num_computed_tokens = 0
         self._step_s = 0.0
         self._lock = threading.Lock()
@@ -152,6 +157,7 @@ class PrefillWorker:
 
     def tick(self, *, now: float) -> None:
         with self._lock:
+            self._num_ticks += 1
             self._end_late(now=now)
             for request in list(self._requests.values()):
                 self._sweep(request, now=now)
@@ -267,8 +273,24 @@ class PrefillWorker:
     def _cancel(self, command: Cancel, *, now: float) -> None:
         request = self._requests.get(command.request_id)
         if request is not None and request.attempt <= command.attempt:
+            if command.check_pages:
+                self._check_pages(request, now=now)
             self._end(request, now=now)
         self._arrivals.bury(command.request_id, command.attempt, now=now)
+
+    def _check_pages(self, suspect: PrefillRequest, *, now: float) -> None:
+        """Take listed pages that are not what was sealed out of the cache, and give up all who compute behind them."""
+        sealed = () if suspect.lease is None else suspect.lease.blocks
+        present = self._seal([block.block_id for block in sealed], [block.generation for block in sealed])
+        damaged = {block.block_id for block, now_there in zip(sealed, present, strict=True) if block != now_there}
+        if not damaged:
+            return
+        log.error("%d pages are not what they were when they were sealed", len(damaged))
+        for request in list(self._requests.values()):
+            has_table = request is not suspect and self._manager.has(request.table)
+            if has_table and not damaged.isdisjoint(self._manager.block_ids(request.table)):
+                self._nack(request, NackReason.LEASE_LOST, "its prefix was damaged in memory", now=now)
+        self._manager.discard(damaged)
 
     def _rebind(self, command: Rebind, session: SessionId) -> None:
         request = self._requests.get(command.request_id)
@@ -428,6 +450,7 @@ class PrefillWorker:
             num_free_blocks=self._manager.num_free,
             num_cached_blocks=self._manager.num_cached,
             num_steps=self._num_steps,
+            num_ticks=self._num_ticks,
             num_computed_tokens=self._num_computed_tokens,
             num_leases=len(self._leases),
             step_s=self._step_s,

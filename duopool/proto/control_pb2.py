@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64uopool/proto/control.proto\x12\x13\x64uopool.internal.v1\"\x1c\n\x0cMemberUpdate\x12\x0c\n\x04info\x18\x01 \x01(\x0c\"\xe7\x01\n\rClusterUpdate\x12\x32\n\x07members\x18\x01 \x03(\x0b\x32!.duopool.internal.v1.MemberUpdate\x12>\n\x06wanted\x18\x02 \x03(\x0b\x32..duopool.internal.v1.ClusterUpdate.WantedEntry\x12\x33\n\x07results\x18\x03 \x03(\x0b\x32\".duopool.internal.v1.CommandResult\x1a-\n\x0bWantedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"Q\n\rCommandResult\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\"\xcc\x01\n\x0e\x43lusterCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x30\n\x05scale\x18\x02 \x01(\x0b\x32\x1f.duopool.internal.v1.ScalePoolsH\x00\x12\x31\n\x05\x64rain\x18\x03 \x01(\x0b\x32 .duopool.internal.v1.DrainWorkerH\x00\x12\x36\n\x07restart\x18\x04 \x01(\x0b\x32#.duopool.internal.v1.RestartWorkersH\x00\x42\t\n\x07\x63ommand\"u\n\nScalePools\x12\x39\n\x05pools\x18\x01 \x03(\x0b\x32*.duopool.internal.v1.ScalePools.PoolsEntry\x1a,\n\nPoolsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\" \n\x0b\x44rainWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\"%\n\x0eRestartWorkers\x12\x13\n\x0b\x64rain_first\x18\x01 \x01(\x08\x32`\n\x07\x43ontrol\x12U\n\x06\x41ttach\x12\".duopool.internal.v1.ClusterUpdate\x1a#.duopool.internal.v1.ClusterCommand(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64uopool/proto/control.proto\x12\x13\x64uopool.internal.v1\"\x1c\n\x0cMemberUpdate\x12\x0c\n\x04info\x18\x01 \x01(\x0c\"\xe7\x01\n\rClusterUpdate\x12\x32\n\x07members\x18\x01 \x03(\x0b\x32!.duopool.internal.v1.MemberUpdate\x12>\n\x06wanted\x18\x02 \x03(\x0b\x32..duopool.internal.v1.ClusterUpdate.WantedEntry\x12\x33\n\x07results\x18\x03 \x03(\x0b\x32\".duopool.internal.v1.CommandResult\x1a-\n\x0bWantedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"Q\n\rCommandResult\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\"\xcc\x01\n\x0e\x43lusterCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x30\n\x05scale\x18\x02 \x01(\x0b\x32\x1f.duopool.internal.v1.ScalePoolsH\x00\x12\x31\n\x05\x64rain\x18\x03 \x01(\x0b\x32 .duopool.internal.v1.DrainWorkerH\x00\x12\x36\n\x07restart\x18\x04 \x01(\x0b\x32#.duopool.internal.v1.RestartWorkersH\x00\x42\t\n\x07\x63ommand\"u\n\nScalePools\x12\x39\n\x05pools\x18\x01 \x03(\x0b\x32*.duopool.internal.v1.ScalePools.PoolsEntry\x1a,\n\nPoolsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"5\n\x0b\x44rainWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\"%\n\x0eRestartWorkers\x12\x13\n\x0b\x64rain_first\x18\x01 \x01(\x08\x32`\n\x07\x43ontrol\x12U\n\x06\x41ttach\x12\".duopool.internal.v1.ClusterUpdate\x1a#.duopool.internal.v1.ClusterCommand(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,9 +50,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCALEPOOLS_POOLSENTRY']._serialized_start=679
   _globals['_SCALEPOOLS_POOLSENTRY']._serialized_end=723
   _globals['_DRAINWORKER']._serialized_start=725
-  _globals['_DRAINWORKER']._serialized_end=757
-  _globals['_RESTARTWORKERS']._serialized_start=759
-  _globals['_RESTARTWORKERS']._serialized_end=796
-  _globals['_CONTROL']._serialized_start=798
-  _globals['_CONTROL']._serialized_end=894
+  _globals['_DRAINWORKER']._serialized_end=778
+  _globals['_RESTARTWORKERS']._serialized_start=780
+  _globals['_RESTARTWORKERS']._serialized_end=817
+  _globals['_CONTROL']._serialized_start=819
+  _globals['_CONTROL']._serialized_end=915
 # @@protoc_insertion_point(module_scope)

@@ -67,10 +67,12 @@ class ScalePools(_message.Message):
     def __init__(self, pools: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class DrainWorker(_message.Message):
-    __slots__ = ("worker_id",)
+    __slots__ = ("worker_id", "incarnation")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
-    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class RestartWorkers(_message.Message):
     __slots__ = ("drain_first",)

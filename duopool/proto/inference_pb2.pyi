@@ -260,7 +260,7 @@ class ClusterStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "state", "node_id", "pid", "waiting", "running", "blocks", "free_blocks", "cached_blocks", "leases", "computed_tokens", "pulled_blocks", "preemptions", "step_s")
+    __slots__ = ("worker_id", "role", "address", "state", "node_id", "pid", "waiting", "running", "blocks", "free_blocks", "cached_blocks", "leases", "computed_tokens", "pulled_blocks", "preemptions", "step_s", "incarnation")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +277,7 @@ class WorkerState(_message.Message):
     PULLED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     address: str
@@ -293,7 +294,8 @@ class WorkerState(_message.Message):
     pulled_blocks: int
     preemptions: int
     step_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., pulled_blocks: _Optional[int] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., pulled_blocks: _Optional[int] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class PoolState(_message.Message):
     __slots__ = ("role", "wanted", "ready")
@@ -341,10 +343,12 @@ class ScaleResponse(_message.Message):
     def __init__(self, pools: _Optional[_Iterable[_Union[PoolState, _Mapping]]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ("worker_id",)
+    __slots__ = ("worker_id", "incarnation")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
-    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
     __slots__ = ()

@@ -138,6 +138,7 @@ def worker_state(info: WorkerInfo, load: WorkerLoad, state: str) -> pb.WorkerSta
         pulled_blocks=load.num_pulled_blocks,
         preemptions=load.num_preemptions,
         step_s=load.step_s,
+        incarnation=info.incarnation,
     )
 
 

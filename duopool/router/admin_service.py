@@ -53,9 +53,12 @@ class AdminService:
         return inference_pb2.ScaleResponse(pools=self._pool_states())
 
     async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainResponse:
-        if not any(info.worker_id == request.worker_id for info in self._pools.members):
+        worker = next((info for info in self._pools.members if info.worker_id == request.worker_id), None)
+        if worker is None:
             raise WorkerNotFound(f"there is no worker {request.worker_id[:128]!r}")
-        drain = control_pb2.DrainWorker(worker_id=request.worker_id)
+        if request.incarnation not in (0, worker.incarnation):
+            raise WorkerNotFound(f"worker {request.worker_id!r} has been replaced since")
+        drain = control_pb2.DrainWorker(worker_id=worker.worker_id, incarnation=worker.incarnation)
         await self._control.command(control_pb2.ClusterCommand(drain=drain))
         return pb.DrainResponse()
 

@@ -55,6 +55,10 @@ class Life(Protocol):
 
     def lose(self, member: Member) -> None: ...
 
+    def find_again(self, member: Member) -> None:
+        """A session to that worker begins, maybe not the first one."""
+        ...
+
     def stop(self, phase: Phase, error: DuopoolError | None = None) -> None: ...
 
     def try_route(self) -> None:
@@ -91,10 +95,6 @@ class Life(Protocol):
 
     def lease_on(self, member: Member) -> LeaseId | None:
         """The lease of that worker that the request still needs."""
-        ...
-
-    def computes_on(self, member: Member) -> bool:
-        """Whether that worker's steps are what the request waits for."""
         ...
 
 
@@ -303,6 +303,8 @@ class Pools:
 
     def session_ready(self, member: Member) -> None:
         self._index.add(member)
+        for life in list(self._lives.values()):
+            life.find_again(member)
         self._changed()
 
     def session_lost(self, member: Member, reason: str) -> None:
@@ -327,9 +329,6 @@ class Pools:
     def lease_ids(self, member: Member) -> tuple[LeaseId, ...]:
         leases = (life.lease_on(member) for life in self._lives.values())
         return tuple(lease_id for lease_id in leases if lease_id is not None)
-
-    def expects_progress(self, member: Member) -> bool:
-        return any(life.computes_on(member) for life in self._lives.values())
 
     def _request_heard(self, member: Member, message: RequestMessage) -> None:
         life = self._lives.get(message.request_id)

@@ -38,6 +38,7 @@ from duopool.core.handoff.request import (
     Phase,
     RequestEvent,
     RequestState,
+    Returned,
     Routed,
     Send,
     Stopped,
@@ -164,6 +165,9 @@ class RequestLife:
         if was_pinned and self._wanted is not None and pinned_prefill(self._state) is None:
             self.try_route()
 
+    def find_again(self, member: Member) -> None:
+        self._feed(Returned(member))
+
     def try_route(self) -> None:
         if self._wanted is None or self.has_ended:
             return
@@ -218,13 +222,6 @@ class RequestLife:
         if not is_needed or state.route is None or state.route.prefill != member:
             return None
         return state.ready[0].lease.lease_id
-
-    def computes_on(self, member: Member) -> bool:
-        state, route = self._state, self._state.route
-        if route is None or state.phase not in (Phase.PREFILLING, Phase.DECODING, Phase.MIGRATING):
-            return False
-        is_decoding = state.phase is not Phase.PREFILLING or route.prefill is None
-        return member == (route.decode if is_decoding else route.prefill)
 
     # ---- actions ----------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 LOOKS_PER_HEARTBEAT = 5
 """How often the watchdogs look between two heartbeats."""
 STALL_FACTOR = 5.0
-"""A worker with running requests may take this many watchdog times for one step."""
+"""A worker may take this many watchdog times for one step."""
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
 
@@ -48,10 +48,6 @@ class SessionListener(Protocol):
 
     def lease_ids(self, member: Member) -> tuple[LeaseId, ...]:
         """Leases of this worker that the router still wants."""
-        ...
-
-    def expects_progress(self, member: Member) -> bool:
-        """Whether a request of this router needs steps there now."""
         ...
 
 
@@ -78,7 +74,7 @@ class Session:
         self._wake = asyncio.Event()
         self._heard_at = 0.0
         self._progress_at = 0.0
-        self._num_steps = -1
+        self._num_ticks = -1
 
     @property
     def is_ready(self) -> bool:
@@ -132,8 +128,8 @@ class Session:
             self.state = SessionState.READY
             self._listener.session_ready(self.member)
         for event in report.events:
-            if isinstance(event, WorkerLoad) and event.num_steps != self._num_steps:
-                self._num_steps = event.num_steps
+            if isinstance(event, WorkerLoad) and event.num_ticks != self._num_ticks:
+                self._num_ticks = event.num_ticks
                 self._progress_at = self._heard_at
             self._listener.session_heard(self.member, event)
 
@@ -160,10 +156,8 @@ class Session:
                 raise ConnectionBroken(f"silent for {now - self._heard_at:.1f} s")
             if look % LOOKS_PER_HEARTBEAT:
                 continue
-            if not self._listener.expects_progress(self.member):
-                self._progress_at = now
             if now - self._progress_at > STALL_FACTOR * self._config.progress_watchdog_s:
-                raise ConnectionBroken(f"no step for {now - self._progress_at:.1f} s while requests run")
+                raise ConnectionBroken(f"its step has not ended for {now - self._progress_at:.1f} s")
             self.send(Heartbeat(lease_ids=self._listener.lease_ids(self.member)))
 
     def _lose(self, reason: str) -> None:

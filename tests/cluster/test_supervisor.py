@@ -191,7 +191,7 @@ def test_draining_ends_after_its_limit() -> None:
 def test_a_drained_worker_is_replaced_in_another_place() -> None:
     stage = Stage()
     stage.start_all()
-    stage.supervisor.drain("decode-0", stage.now)
+    stage.supervisor.drain("decode-0", life_of(stage, "decode-0"), stage.now)
     stage.run(0.3)
     assert stage.members["decode-0"] is True
     stage.spawner.newest("decode-1").is_started = True
@@ -212,7 +212,25 @@ def test_only_a_live_worker_can_be_drained() -> None:
     stage.run(0.2)
     for worker_id in ("decode-0", "decode-7", "nonsense"):
         with pytest.raises(WorkerNotFound):
-            stage.supervisor.drain(worker_id, stage.now)
+            stage.supervisor.drain(worker_id, 0, stage.now)
+
+
+def test_a_drain_that_was_meant_for_a_worker_that_died_leaves_its_successor_alone() -> None:
+    stage = Stage()
+    stage.start_all()
+    meant = life_of(stage, "decode-0")
+    stage.spawner.newest("decode-0").is_dead = True
+    stage.run(0.3)
+    stage.run(CONFIG.max_backoff_s)
+    stage.start_all()
+    assert life_of(stage, "decode-0") != meant
+    with pytest.raises(WorkerNotFound, match="replaced"):
+        stage.supervisor.drain("decode-0", meant, stage.now)
+    assert stage.members == {"prefill-0": False, "decode-0": False}
+
+
+def life_of(stage: Stage, worker_id: str) -> int:
+    return next(info.incarnation for info in stage.supervisor.view.members if info.worker_id == worker_id)
 
 
 class AnyLife(RuleBasedStateMachine):
@@ -244,7 +262,8 @@ class AnyLife(RuleBasedStateMachine):
     def drain(self, pick: int) -> None:
         members = self.stage.supervisor.view.members
         if members:
-            self.stage.supervisor.drain(members[pick % len(members)].worker_id, self.stage.now)
+            member = members[pick % len(members)]
+            self.stage.supervisor.drain(member.worker_id, member.incarnation, self.stage.now)
 
     @invariant()
     def members_are_started_and_unique(self) -> None:

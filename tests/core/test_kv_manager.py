@@ -7,7 +7,7 @@ request whose slots hold its own prefix can only have shared what is equal, and 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import settings
@@ -33,8 +33,8 @@ class Request:
     num_computed: int
     num_reserved: int = 0
     """Tokens the table was asked to hold."""
-    is_fresh: bool = True
-    """Nothing but the cached prefix is written."""
+    is_wrong: bool = False
+    """A block of it was discarded."""
 
 
 @dataclass
@@ -53,6 +53,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.memory: list[list[object]] = [[None] * block_size for _ in range(NUM_BLOCKS)]
         self.routers_view: set[BlockKey] = set()
         self.counter = 0
+        self.has_discarded = False
 
     def new_id(self) -> RequestId:
         self.counter += 1
@@ -89,7 +90,6 @@ class ManagerMachine(RuleBasedStateMachine):
             self.manager.reserve(request_id, end)
             request.num_reserved = max(request.num_reserved, end)
             copies = self.manager.prepare_write(request_id, request.num_computed, end)
-            request.is_fresh = request.is_fresh and end == request.num_computed
         except OutOfBlocks:
             assert self.manager.num_available < 2 * self.manager.blocks_for(end)
             return
@@ -99,26 +99,24 @@ class ManagerMachine(RuleBasedStateMachine):
             block_id, offset = self.slot(request_id, position)
             self.memory[block_id][offset] = (request.salt, tuple(request.tokens[: position + 1]))
         request.num_computed = end
+        before = self.manager.snapshot()
         self.manager.publish(request_id, end)
         keys = block_keys(request.tokens[:end], self.block_size, salt=request.salt)
-        assert self.manager.lookup(keys) == len(keys)
+        if request.is_wrong:
+            assert self.manager.snapshot() == before
+        elif not self.has_discarded:
+            assert self.manager.lookup(keys) == len(keys)
 
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data(), limit=st.none() | st.integers(0, 14))
-    def match_again(self, data: st.DataObject, limit: int | None) -> None:
-        """A sequence of which nothing but its cached prefix is written may use more of the cache."""
-        request_id = self.any_request(data)
-        request = self.requests[request_id]
-        if not request.is_fresh:
-            return
-        keys = self.manager.keys(request.tokens, request.salt)
-        wanted = self.manager.lookup(keys if limit is None else keys[: limit // self.block_size]) * self.block_size
-        available = self.manager.num_available
-        cached = self.manager.match_again(request_id, max_cached_tokens=limit)
-        assert cached == max(wanted, request.num_computed)
-        assert self.manager.num_available <= available + cached
-        request.num_computed = cached
-        request.num_reserved = max(request.num_reserved, cached)
+    @rule(block=st.integers(0, NUM_BLOCKS - 1))
+    def discard(self, block: int) -> None:
+        """What a block holds is not what was written: nobody matches it, or what is behind it, from now on."""
+        block_id = BlockId(block)
+        self.manager.discard({block_id})
+        assert block_id not in self.manager.ledger().cached
+        self.memory[block_id] = ["damaged"] * self.block_size
+        self.has_discarded = True
+        for request_id, request in self.requests.items():
+            request.is_wrong |= block_id in self.manager.block_ids(request_id)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), tokens=TOKENS)
@@ -136,9 +134,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.fork(parent, child)
         assert list(self.manager.block_ids(child)) == list(self.manager.block_ids(parent))
         assert self.manager.num_free == free
-        self.requests[child] = Request(
-            request.salt, list(request.tokens), request.num_computed, request.num_reserved, request.is_fresh
-        )
+        self.requests[child] = replace(request, tokens=list(request.tokens))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -222,7 +218,8 @@ class ManagerMachine(RuleBasedStateMachine):
             assert 0 <= len(table) * self.block_size - request.num_reserved < self.block_size
             for position in range(request.num_computed):
                 block_id, offset = self.slot(request_id, position)
-                assert self.memory[block_id][offset] == (request.salt, tuple(request.tokens[: position + 1]))
+                content = (request.salt, tuple(request.tokens[: position + 1]))
+                assert request.is_wrong or self.memory[block_id][offset] == content
         for pin in self.pinned:
             assert [self.manager.generation(block) for block in pin.blocks] == pin.generations
 
@@ -301,6 +298,22 @@ def test_a_fork_copies_the_open_block_once_and_the_last_writer_keeps_the_origina
     assert list(manager.block_ids(child)) == [shared[0], copy.target]
     assert manager.prepare_write(parent, 3, 4) == []
     assert list(manager.block_ids(parent)) == shared
+    manager.check()
+
+
+def test_a_discarded_block_takes_what_is_behind_it_along_and_spares_the_rest() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=2)
+    run(manager, "kept", [1, 2, 3, 4, 5, 6], keep=True)
+    run(manager, "branch", [1, 2, 9, 9])
+    blocks = list(manager.block_ids(RequestId("kept")))
+    manager.discard({blocks[1]})
+    assert manager.lookup(manager.keys([1, 2, 3, 4, 5, 6])) == 1
+    assert manager.lookup(manager.keys([1, 2, 9, 9])) == 2
+    assert list(manager.block_ids(RequestId("kept"))) == blocks
+    assert run(manager, "anew", [1, 2, 3, 4, 5, 6]) == 2
+    assert manager.lookup(manager.keys([1, 2, 3, 4, 5, 6])) == 3
+    manager.free(RequestId("kept"))
+    assert manager.num_available == 8
     manager.check()
 
 

@@ -22,6 +22,7 @@ from duopool.core.handoff.request import (
     NeedRoute,
     Phase,
     RequestState,
+    Returned,
     Route,
     Routed,
     Send,
@@ -269,6 +270,14 @@ class RequestMachine(RuleBasedStateMachine):
         self.world.holders.pop(member, None)
         self.feed(Lost(member))
 
+    @rule(name=st.sampled_from("pd"), number=st.sampled_from([0, 1]))
+    def find_again(self, name: str, number: int) -> None:
+        """A session begins; nothing but a suspicion can change."""
+        before, member = self.state, self.member(name, number)
+        self.feed(Returned(member))
+        assert replace(self.state, deaths=before.deaths) == before
+        assert self.state.deaths == before.deaths - {member}
+
     @precondition(lambda self: self.state.phase is Phase.DECODING)
     @rule(num_before=st.sampled_from([0, 1, 6, 6]), num_after=st.sampled_from([0, 1, 2, 6, 8]))
     def move(self, num_before: int, num_after: int) -> None:
@@ -434,14 +443,32 @@ def test_dead_workers_are_not_held_against_a_request_that_goes_on_in_between() -
     assert state.phase is Phase.FAILED  # the retries are used up
 
 
+def test_a_worker_that_comes_back_had_not_died() -> None:
+    state, p, d, _ = leased()
+    for _ in range(MAX_RETRIES):
+        state, _ = transition(state, Lost(d))
+        state, actions = transition(state, Returned(d))
+        assert actions == ()
+        state, _ = transition(state, Routed(Route(prefill=p, decode=d)))
+    state, actions = transition(state, Lost(d))
+    assert actions[-1] == Finish(Phase.FAILED, "worker d was lost and no retries are left")
+
+
+def test_a_successor_does_not_speak_for_the_worker_that_died() -> None:
+    state, _, d, _ = leased()
+    state, _ = transition(state, Lost(d))
+    state, _ = transition(state, Returned(replace(d, incarnation=Incarnation(9))))
+    assert state.deaths == {d}
+
+
 def test_workers_that_only_keep_room_or_blocks_may_die_without_making_the_request_suspect() -> None:
     state, p, d, _ = leased()
     state, _ = transition(state, Lost(p))
-    assert state.deaths == 0
+    assert not state.deaths
     other = Member(WorkerId("p2"), Incarnation(3))
     state, _ = transition(state, Routed(Route(prefill=other, decode=d)))
     state, _ = transition(state, Lost(d))
-    assert (state.deaths, state.phase) == (0, Phase.ADMITTED)
+    assert (state.deaths, state.phase) == (frozenset(), Phase.ADMITTED)
 
 
 def without_decode_worker() -> tuple[RequestState, Member]:

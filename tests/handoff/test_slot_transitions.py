@@ -103,12 +103,10 @@ class SlotMachine(RuleBasedStateMachine):
         self.granted = True
         self.feed(Granted(tuple(BlockId(number) for number in range(self.num_blocks)), self.num_cached))
 
-    @rule(place=st.integers(0, 5), num_cached=st.integers(0, 8))
-    def hear(self, place: int, num_cached: int) -> None:
-        """Any listing, in any order, any number of times; more of the prefix may be cached than at first."""
-        if self.slot.phase is SlotPhase.RESERVED:
-            self.num_cached = max(self.num_cached, min(num_cached, self.num_blocks))
-        self.feed(Listed(self.messages[min(place, len(self.messages) - 1)], (), self.num_cached))
+    @rule(place=st.integers(0, 5))
+    def hear(self, place: int) -> None:
+        """Any listing, in any order, any number of times."""
+        self.feed(Listed(self.messages[min(place, len(self.messages) - 1)]))
 
     @precondition(lambda self: self.running)
     @rule(place=st.integers(0, 7), fails=st.integers(0, 4))

@@ -114,7 +114,7 @@ class FakeWorker:
         self.frozen = False
         """Say nothing at all."""
         self.stalled = False
-        """Say only that no step was made."""
+        """Say only that the step goes on."""
         self.draining = False
         self.drain_s = 0.0
         self.holders: list[Holder] = []
@@ -124,7 +124,7 @@ class FakeWorker:
         self._moving_here: set[str] = set()
         self._outputs: dict[str, list[int]] = {}
         """Tokens of the requests that decode here."""
-        self._num_steps = 0
+        self._num_ticks = 0
         self._sessions: list[asyncio.Queue[Event]] = []
         self._homes: dict[str, asyncio.Queue[Event]] = {}
         """Per request the session that it came from."""
@@ -211,12 +211,12 @@ class FakeWorker:
                     self._handle(command)
 
     def _load(self) -> WorkerLoad:
-        self._num_steps += not self.stalled
+        self._num_ticks += not self.stalled
         return WorkerLoad(
             num_running=len(self.running),
             num_blocks=NUM_BLOCKS,
             num_free_blocks=NUM_BLOCKS,
-            num_steps=self._num_steps,
+            num_ticks=self._num_ticks,
         )
 
     def _handle(self, command: Command) -> None:

@@ -216,6 +216,22 @@ def test_a_request_that_takes_worker_after_worker_down_is_not_tried_again() -> N
     asyncio.run(run())
 
 
+def test_a_worker_whose_stream_breaks_again_and_again_is_not_taken_for_dead() -> None:
+    async def run() -> None:
+        prefill, decode = FakeWorker("prefill-0", "prefill", step_s=30), FakeWorker("decode-0", "decode")
+        async with FakeCluster([prefill, decode]) as cluster:
+            reading = Reading(cluster.inference.Generate(request(6)))
+            for number in range(POISON_LIMIT):
+                await eventually(lambda: prefill.running)
+                await prefill.stop()
+                await eventually(lambda: cluster.router.pools.num_ready("prefill") == 0)
+                prefill.step_s = 30.0 * (number + 1 < POISON_LIMIT)
+                await prefill.start()
+            await reading.check(6)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("reason", "code"),
     [

@@ -141,6 +141,13 @@ def test_supervisor_brings_members_and_takes_commands() -> None:
                     await cluster.admin.Drain(pb.DrainRequest(worker_id="decode-0"))
                 assert refused.value.code() is grpc.StatusCode.NOT_FOUND
                 assert seen[1].drain.worker_id == "decode-0"
+                (decode,) = [info for info in cluster.router.pools.members if info.worker_id == "decode-0"]
+                assert seen[1].drain.incarnation == decode.incarnation
+                late = pb.DrainRequest(worker_id="decode-0", incarnation=decode.incarnation + 1)
+                with pytest.raises(grpc.aio.AioRpcError, match="replaced") as refused:
+                    await cluster.admin.Drain(late)
+                assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+                assert len(seen) == 2  # the supervisor was not asked
                 assert len(cluster.router.pools.members) == 2  # an answer alone changes no membership
                 supervisor.cancel()
             await eventually(lambda: cluster.router.pools.num_ready("decode") == 1)

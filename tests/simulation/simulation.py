@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 
+from duopool.core.handoff.request import POISON_LIMIT
+
 from .client import Client
 from .cluster import Cluster
 from .faults import Faults
@@ -126,10 +128,10 @@ class Simulation:
                 laws.breach(f"{place}: {manager.num_available} of {manager.num_blocks} blocks are free or cached")
 
     def _may_fail(self, client: Client) -> bool:
-        """A deadline, or the poison guard: it takes a worker whose stream broke for one that died."""
+        """A deadline, or the poison guard: it needs workers that went away, not only streams that broke."""
         if client.endings[0] == "failed: DEADLINE_EXCEEDED":
             return client.ask.timeout_s is not None
-        return POISON in client.details and self.laws.quiet_from > 0
+        return POISON in client.details and self.laws.num_absences >= POISON_LIMIT
 
     def _audit(self) -> None:
         for place, life in self.cluster.workers.items():

@@ -33,7 +33,7 @@ def test_the_earliest_deadline_is_served_first_and_those_without_one_in_their_or
     pair.run()
     order = [event.request_id for event in pair.events if isinstance(event, BlocksReady) and event.first_token]
     assert order == ["soon", "late", "first", "second"]
-    assert list(pair.finished) == ["late", "soon", "first", "second"]
+    assert list(pair.finished) == order
 
 
 def test_nobody_is_overtaken_for_ever() -> None:
@@ -214,9 +214,20 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     pair = make_pair(prefill=limits, decode=limits)
     for index in range(5):
         pair.send(pair.request(f"r{index}", [index] * 5))
+        pair.to_decode(Reserve(request=pair.request(f"local-{index}", [index] * 5), attempt=1, local_prefill=True))
     busy = [nack for nack in pair.nacks() if nack.reason is NackReason.BUSY]
-    assert [nack.request_id for nack in busy] == ["r2", "r3", "r3", "r4", "r4"]
+    assert [nack.request_id for nack in busy] == ["r2", "r3", "r3", "local-3", "r4", "r4", "local-4"]
     assert all(nack.retry_after_s > 0 for nack in busy)
+
+
+def test_who_waits_for_blocks_elsewhere_keeps_neither_room_nor_a_place_in_the_queue() -> None:
+    pair = make_pair(decode={"max_num_waiting": 1, "max_num_seqs": 1})
+    for index in range(5):
+        pair.to_decode(Reserve(request=pair.request(f"r{index}", [index] * 5), attempt=1))
+    pair.send(pair.request("here", [9] * 5, max_tokens=2, ignore_eos=True))
+    pair.run()
+    assert list(pair.finished) == ["here"]
+    assert not pair.nacks()
 
 
 def test_a_draining_worker_finishes_what_it_has() -> None:
@@ -252,14 +263,14 @@ def test_requests_of_a_router_that_is_gone_or_silent_end(is_closed: bool) -> Non
         assert {nack.reason for nack in pair.nacks()} == {NackReason.STALE}
 
 
-def test_a_reservation_that_no_block_comes_for_is_told_again_so_that_a_lost_cancel_can_be_repeated() -> None:
+def test_a_reservation_that_no_block_comes_for_is_told_so_that_a_lost_cancel_can_be_repeated() -> None:
     pair = make_pair()
     request = pair.request("r0", [1] * 8, max_tokens=2, ignore_eos=True)
     pair.to_decode(Reserve(request=request, attempt=1))
-    assert len([event for event in pair.events if isinstance(event, Reserved)]) == 1
+    assert not [event for event in pair.events if isinstance(event, Reserved)]
     for _ in range(7):
         pair.pass_time(1.0)  # the router lives, and its Cancel was lost on the way
-    assert len([event for event in pair.events if isinstance(event, Reserved)]) == 2
+    assert len([event for event in pair.events if isinstance(event, Reserved)]) == 1
     pair.cancel("r0")
     pair.assert_nothing_is_held()
 

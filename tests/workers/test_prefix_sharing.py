@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 from worker_fakes import BLOCK_SIZE, Pair, expected_stream, make_pair
 
-from duopool.core.messages import Accepted, BlocksReady, Joined, Nack, Prefill, Reserve, Reserved, Tokens
+from duopool.core.messages import (
+    Accepted,
+    BlocksReady,
+    Cancel,
+    Joined,
+    Nack,
+    NackReason,
+    Prefill,
+    Reserve,
+    Reserved,
+    Tokens,
+)
+from duopool.core.types import RequestId
 
 PREFIX = list(range(10, 10 + 5 * BLOCK_SIZE))
 
@@ -53,11 +65,10 @@ def test_a_prefix_in_flight_is_computed_once(budget: int) -> None:
         assert pair.streams[f"r{index}"] == expected_stream([*PREFIX, 1, 2, index], params)
 
 
-def test_twins_that_were_reserved_early_pull_what_the_first_has_brought_only_once() -> None:
+def test_twins_of_a_burst_pull_what_the_first_has_brought_only_once() -> None:
     pair = make_pair(prefill={"max_num_batched_tokens": 8})
     for index in range(4):
         pair.send(pair.request(f"r{index}", [*PREFIX, 1, 2, index], max_tokens=2, ignore_eos=True))
-    assert [event.num_cached_tokens for event in pair.events if isinstance(event, Reserved)] == [0] * 4
     for _ in range(30):
         pair.step_prefill()
         pair.run_reads()
@@ -160,3 +171,67 @@ def test_a_prompt_waits_while_leases_hold_the_room_and_goes_on_after_them() -> N
     while pair.step_prefill():
         pass
     assert set(pair.streams) == {"r0", "r1"}
+
+
+def try_again(pair: Pair, name: str, prompt: list[int], attempt: int) -> None:
+    """What the router does when a decode worker could not read what was sealed."""
+    pair.to_prefill(Cancel(request_id=RequestId(name), attempt=attempt - 1, check_pages=True))
+    pair.send(pair.request(name, prompt, max_tokens=3, ignore_eos=True), attempt=attempt)
+
+
+@pytest.mark.parametrize("damaged", [0, 2, 5])
+def test_a_page_that_is_damaged_where_it_is_cached_is_computed_anew(damaged: int) -> None:
+    pair = make_pair()
+    prompt = [*PREFIX, 1, 2]
+    pair.send(pair.request("r0", prompt, max_tokens=3, ignore_eos=True))
+    pair.step_prefill()
+    pair.step_prefill()
+    (*_, last) = [event for event in pair.events if isinstance(event, BlocksReady)]
+    assert last.first_token is not None
+    blocks = [block.block_id for event in pair.events if isinstance(event, BlocksReady) for block in event.blocks]
+    pair.prefill_store.pages[blocks[damaged]][0] += 1
+    pair.run_reads()
+    assert [nack.reason for nack in pair.nacks()] == [NackReason.TRANSFER_FAILED]
+    try_again(pair, "r0", prompt, 2)
+    pair.run()
+    params = pair.request("x", [0], max_tokens=3, ignore_eos=True).params
+    assert pair.streams["r0"] == expected_stream(prompt, params)
+    assert len(pair.nacks()) == 1
+    accepted = [event.num_cached_tokens for event in pair.events if isinstance(event, Accepted)]
+    assert accepted == [0, min(damaged, 5) * BLOCK_SIZE]  # what is before the damage still serves
+    pair.assert_nothing_is_held()
+    pair.assert_kv_events_tell_what_is_cached()
+
+
+def test_pages_that_were_only_damaged_on_their_way_stay_cached() -> None:
+    pair = make_pair()
+    pair.send(pair.request("r0", PREFIX, max_tokens=3, ignore_eos=True))
+    pair.step_prefill()
+    pair.step_prefill()
+    pair.reader.run(error="digest")
+    pair.collect()
+    try_again(pair, "r0", PREFIX, 2)
+    pair.run()
+    assert [event.num_cached_tokens for event in pair.events if isinstance(event, Accepted)] == [0, 16]
+    pair.assert_nothing_is_held()
+
+
+def test_who_computes_behind_a_damaged_page_is_given_up_too() -> None:
+    pair = make_pair(prefill={"max_num_batched_tokens": 8})
+    pair.send(pair.request("r0", PREFIX, max_tokens=3, ignore_eos=True))
+    for _ in range(3):
+        pair.step_prefill()
+    longer = [*PREFIX, *range(30, 50)]
+    pair.send(pair.request("r1", longer, max_tokens=3, ignore_eos=True))
+    pair.step_prefill()
+    (first, *_) = [event for event in pair.events if isinstance(event, BlocksReady)]
+    pair.prefill_store.pages[first.blocks[0].block_id][0] += 1
+    try_again(pair, "r0", PREFIX, 2)
+    assert [(nack.request_id, nack.reason) for nack in pair.nacks()] == [("r1", NackReason.LEASE_LOST)]
+    pair.cancel("r1")
+    pair.send(pair.request("r1", longer, max_tokens=3, ignore_eos=True), attempt=2)
+    pair.run()
+    params = pair.request("x", [0], max_tokens=3, ignore_eos=True).params
+    assert pair.streams["r0"] == expected_stream(PREFIX, params)
+    assert pair.streams["r1"] == expected_stream(longer, params)
+    pair.assert_nothing_is_held()

@@ -28,6 +28,7 @@ from duopool.core.handoff.request_state import (
     Phase,
     RequestEvent,
     RequestState,
+    Returned,
     Route,
     Routed,
     Send,
@@ -65,6 +66,7 @@ __all__ = [
     "Phase",
     "RequestEvent",
     "RequestState",
+    "Returned",
     "Route",
     "Routed",
     "Send",
@@ -80,6 +82,7 @@ __all__ = [
 POISON_LIMIT = 3
 """A request whose attempts took this many workers down with them, without a decoded token in between, is given up.
 
+A worker that comes back in the same life was not taken down: only the stream to it broke.
 See docs/decisions/0004-three-deaths-are-poison.md.
 """
 
@@ -93,6 +96,8 @@ def transition(state: RequestState, event: RequestEvent) -> Step:
     """What the event makes of the request. Events of a past attempt, and all after the end, change nothing."""
     if state.phase.is_final:
         return _after_the_end(state, event)
+    if isinstance(event, Returned):
+        return replace(state, deaths=state.deaths - {event.member}), ()
     if state.shadow is not None:
         return _migrating(state, state.shadow, event)
     match event:
@@ -187,7 +192,7 @@ def _heard(state: RequestState, member: Member, message: WorkerMessage) -> Step:
         case Tokens(index=index) if index > len(state.output):
             return _missed(state, f"tokens before index {index} never came")
         case Tokens():
-            return _tokens(replace(state, phase=Phase.DECODING, deaths=0), message)
+            return _tokens(replace(state, phase=Phase.DECODING, deaths=frozenset()), message)
         case Nack():
             return _nack(state, member, message)
         case _:
@@ -236,7 +241,8 @@ def _nack(state: RequestState, member: Member, nack: Nack) -> Step:
     state = replace(state, retries_left=state.retries_left - 1)
     if nack.reason is NackReason.TRANSFER_FAILED and state.route is not None and state.route.prefill is not None:
         # Its memory cannot be reached or does not hold what it sealed: somebody else should compute it this time.
-        return _again(replace(state, excluded=state.excluded | {state.route.prefill}))
+        # If it must be the same one again, it must not offer the same pages again.
+        return _again(replace(state, excluded=state.excluded | {state.route.prefill}), check_pages=True)
     if nack.reason in (NackReason.LEASE_LOST, NackReason.TRANSFER_FAILED):
         return _again(state)
     return _elsewhere(replace(state, excluded=state.excluded | {member}), member)
@@ -267,10 +273,10 @@ def _lost(state: RequestState, member: Member) -> Step:
         return state, (NeedRoute(state.excluded),)
     if member == route.prefill and state.phase is Phase.DECODING and member != route.decode:
         return state, ()
-    deaths = state.deaths + _is_at_work(state, member)
+    deaths = state.deaths | ({member} if _is_at_work(state, member) else frozenset())
     state = replace(state, deaths=deaths, excluded=state.excluded | {member})
-    if state.deaths >= POISON_LIMIT:
-        reason = f"{state.deaths} workers died one after the other while they worked on this request"
+    if len(deaths) >= POISON_LIMIT:
+        reason = f"{len(deaths)} workers died one after the other while they worked on this request"
         return _end(state, Finish(Phase.FAILED, reason, is_poison=True))
     if state.retries_left == 0:
         return _end(state, Finish(Phase.FAILED, f"worker {member.worker_id} was lost and no retries are left"))
@@ -304,10 +310,10 @@ def _elsewhere(state: RequestState, failed: Member) -> Step:
     return state, (Send(route.decode, cancel), NeedRoute(state.excluded, route.prefill))
 
 
-def _again(state: RequestState) -> Step:
+def _again(state: RequestState, *, check_pages: bool = False) -> Step:
     """A new attempt: the old one is cancelled wherever it may live, and a route is asked for."""
     return replace(state, phase=Phase.ADMITTED, ready=(), reserved=False), (
-        *_cancel(state),
+        *_cancel(state, check_pages=check_pages),
         NeedRoute(state.excluded),
     )
 
@@ -368,11 +374,11 @@ def _after_the_end(state: RequestState, event: RequestEvent) -> Step:
             return state, ()
 
 
-def _cancel(state: RequestState) -> tuple[Action, ...]:
+def _cancel(state: RequestState, *, check_pages: bool = False) -> tuple[Action, ...]:
     """Cancel whatever the current attempt may still hold. A decode worker that finished by itself ignores it."""
     if state.route is None:
         return ()
-    cancel = _cancel_of(state, state.attempt)
+    cancel = _cancel_of(state, state.attempt, check_pages=check_pages)
     if state.phase is Phase.ADMITTED:  # all but P's finished work was given up when the request came back here
         return (Send(state.route.prefill, cancel),) if state.ready and state.route.prefill is not None else ()
     members = {state.route.decode: None}
@@ -381,8 +387,8 @@ def _cancel(state: RequestState) -> tuple[Action, ...]:
     return tuple(Send(member, cancel) for member in members)
 
 
-def _cancel_of(state: RequestState, attempt: int) -> Cancel:
-    return Cancel(request_id=state.request.request_id, attempt=attempt)
+def _cancel_of(state: RequestState, attempt: int, *, check_pages: bool = False) -> Cancel:
+    return Cancel(request_id=state.request.request_id, attempt=attempt, check_pages=check_pages)
 
 
 def _is_on_route(state: RequestState, member: Member) -> bool:

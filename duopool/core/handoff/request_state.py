@@ -86,8 +86,9 @@ class RequestState:
     retries_left: int = 3
     excluded: frozenset[Member] = frozenset()
     """Members that failed this request."""
-    deaths: int = 0
-    """Members in a row that died while they worked on this request, without a token from a decode worker in between."""
+    deaths: frozenset[Member] = frozenset()
+    """Members that were lost while they worked on this request and have not come back, without a token from a decode
+    worker in between."""
 
     @property
     def is_handed_over(self) -> bool:
@@ -110,7 +111,14 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A member died, restarted, stalled or fell out of the membership."""
+    """A member died, restarted, stalled or fell out of the membership; or only the stream to it broke."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A member can be reached (again) in the same life: if it had been lost, it had not died."""
 
     member: Member
 
@@ -145,7 +153,7 @@ class Heard:
     message: WorkerMessage
 
 
-RequestEvent = Routed | Lost | Moved | Evicted | Stopped | Heard
+RequestEvent = Routed | Lost | Returned | Moved | Evicted | Stopped | Heard
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from duopool.core.types import BlockId
 
 class SlotPhase(StrEnum):
     WAITING = "waiting"
-    """No head-room yet."""
+    """No head-room yet: it is taken only when P has sealed something, so that nobody keeps it while waiting for P."""
     RESERVED = "reserved"
-    """Blocks are held; P has sealed nothing that is still to be read."""
+    """Blocks are held; the source has sealed nothing that is still to be read."""
     READING = "reading"
     VALIDATING = "validating"
     COMMITTED = "committed"
@@ -69,9 +69,7 @@ class Listed:
 
     message: BlocksReady
     blocks: tuple[BlockId, ...] = ()
-    """The whole block table, if there is one: it may have grown, or hold more of the prefix than at first."""
-    num_cached_blocks: int = 0
-    """Leading blocks of it that need no read; counts only as long as no read was begun."""
+    """The whole block table, if there is one: it may have grown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +160,10 @@ def transition(slot: Slot, event: SlotEvent) -> SlotStep:
                 num_requested=num_cached_blocks,
             )
             return _advance(slot)
-        case Listed(message=message, blocks=blocks, num_cached_blocks=num_cached_blocks):
+        case Listed(message=message, blocks=blocks):
             if slot.phase is SlotPhase.QUARANTINED:
                 return slot, ()
             slot = replace(slot, blocks=blocks or slot.blocks)
-            if slot.phase is SlotPhase.RESERVED:
-                num_cached = max(slot.num_cached_blocks, num_cached_blocks)
-                slot = replace(slot, num_cached_blocks=num_cached, num_requested=num_cached)
             if message.first_block < len(slot.sealed) or slot.first_token is not None:
                 return slot, ()
             if message.first_block > len(slot.sealed):
