@@ -59,6 +59,10 @@ class Life(Protocol):
         """A session to that worker begins, maybe not the first one."""
         ...
 
+    def bury(self, member: Member) -> None:
+        """That worker's process is no member any more."""
+        ...
+
     def stop(self, phase: Phase, error: DuopoolError | None = None) -> None: ...
 
     def try_route(self) -> None:
@@ -145,6 +149,8 @@ class Pools:
         current = {self.member_of(info): info for info in infos}
         for member in [member for member in self._seats if member not in current]:
             self._leave(member, "it left the membership")
+            for life in list(self._lives.values()):
+                life.bury(member)
         for member, info in current.items():
             if member in self._seats:
                 self._seats[member].info = info

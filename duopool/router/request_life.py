@@ -30,6 +30,7 @@ from duopool.core.handoff.request import (
     Emit,
     Evicted,
     Finish,
+    Gone,
     Heard,
     Lost,
     Member,
@@ -167,6 +168,9 @@ class RequestLife:
 
     def find_again(self, member: Member) -> None:
         self._feed(Returned(member))
+
+    def bury(self, member: Member) -> None:
+        self._feed(Gone(member))
 
     def try_route(self) -> None:
         if self._wanted is None or self.has_ended:

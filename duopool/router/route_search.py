@@ -41,7 +41,8 @@ class RouteSearch:
     def find(self, state: RequestState, wanted: NeedRoute, *, now: float) -> Route | None:
         """A route for the request as it is now; or None, and the search goes on by itself."""
         self._refused = {member: until for member, until in self._refused.items() if until > now}
-        route = self._try(state, wanted) if self._is_paid(state, now=now) else None
+        may_go_on = not state.is_suspect and self._is_paid(state, now=now)
+        route = self._try(state, wanted) if may_go_on else None
         if route is None:
             self._wait(state, now)
         else:

@@ -15,6 +15,7 @@ from duopool.core.handoff.request import (
     Emit,
     Evicted,
     Finish,
+    Gone,
     Heard,
     Lost,
     Member,
@@ -261,22 +262,24 @@ class RequestMachine(RuleBasedStateMachine):
             if isinstance(message, Tokens) and route is not None and member == route.decode and route.prefill:
                 self.world.holders.pop(route.prefill, None)  # who decodes has joined, and released P when it did
 
-    @rule(name=st.sampled_from("pd"), number=st.sampled_from([0, 1]), dice=st.integers(0, 2))
-    def lose(self, name: str, number: int, dice: int) -> None:
+    @rule(name=st.sampled_from("pd"), number=st.sampled_from([0, 1]), dice=st.integers(0, 2), for_good=st.booleans())
+    def lose(self, name: str, number: int, dice: int, for_good: bool) -> None:
         if dice != 0:
             return
         member = self.member(name, number)
         self.lost.add(member)
         self.world.holders.pop(member, None)
         self.feed(Lost(member))
+        if for_good:
+            self.feed(Gone(member))
 
     @rule(name=st.sampled_from("pd"), number=st.sampled_from([0, 1]))
     def find_again(self, name: str, number: int) -> None:
         """A session begins; nothing but a suspicion can change."""
         before, member = self.state, self.member(name, number)
         self.feed(Returned(member))
-        assert replace(self.state, deaths=before.deaths) == before
-        assert self.state.deaths == before.deaths - {member}
+        assert replace(self.state, missing=before.missing) == before
+        assert self.state.missing == before.missing - {member}
 
     @precondition(lambda self: self.state.phase is Phase.DECODING)
     @rule(num_before=st.sampled_from([0, 1, 6, 6]), num_after=st.sampled_from([0, 1, 2, 6, 8]))
@@ -419,16 +422,41 @@ def test_a_lost_decode_worker_costs_no_second_prefill() -> None:
     assert last.first_token == msgspec.structs.replace(tokens_of(1, 0), attempt=2)
 
 
-def test_dead_workers_one_after_the_other_end_a_request_that_may_be_poison() -> None:
+def three_lost() -> tuple[RequestState, Member, list[Member]]:
+    """Three decode workers were lost one after the other; `p` keeps the finished work."""
     state, p, d, _ = leased()
-    for number in range(2, POISON_LIMIT + 1):
-        state, _ = transition(state, Lost(d))
-        assert not state.phase.is_final
-        d = Member(WorkerId(f"d{number}"), Incarnation(number))
-        state, _ = transition(state, Routed(Route(prefill=p, decode=d)))
-    state, actions = transition(state, Lost(d))
+    lost = [d]
+    state, _ = transition(state, Lost(d))
+    while len(lost) < POISON_LIMIT:
+        assert not state.is_suspect
+        lost.append(Member(WorkerId(f"d{len(lost)}"), Incarnation(10 + len(lost))))
+        state, _ = transition(state, Routed(Route(prefill=p, decode=lost[-1])))
+        state, _ = transition(state, Lost(lost[-1]))
+    return state, p, lost
+
+
+def test_dead_workers_one_after_the_other_end_a_request_that_may_be_poison() -> None:
+    state, p, lost = three_lost()
+    for member in lost:
+        assert state.phase is Phase.ADMITTED
+        assert state.is_suspect
+        state, actions = transition(state, Gone(member))
     assert state.phase is Phase.FAILED
     assert Send(p, Cancel(request_id=REQUEST_ID, attempt=POISON_LIMIT)) in actions
+    (finish,) = [action for action in actions if isinstance(action, Finish)]
+    assert finish.is_poison
+
+
+def test_a_suspect_goes_on_as_soon_as_one_of_the_lost_turns_out_to_live() -> None:
+    state, _, lost = three_lost()
+    state, _ = transition(state, Gone(lost[0]))
+    state, actions = transition(state, Returned(lost[1]))
+    assert actions == ()
+    assert not state.is_suspect
+    state, _ = transition(state, Gone(lost[1]))  # in its own time, not over this request
+    state, _ = transition(state, Gone(lost[2]))
+    assert state.phase is Phase.ADMITTED
+    assert state.dead == {lost[0], lost[2]}
 
 
 def test_dead_workers_are_not_held_against_a_request_that_goes_on_in_between() -> None:
@@ -458,17 +486,17 @@ def test_a_successor_does_not_speak_for_the_worker_that_died() -> None:
     state, _, d, _ = leased()
     state, _ = transition(state, Lost(d))
     state, _ = transition(state, Returned(replace(d, incarnation=Incarnation(9))))
-    assert state.deaths == {d}
+    assert state.missing == {d}
 
 
 def test_workers_that_only_keep_room_or_blocks_may_die_without_making_the_request_suspect() -> None:
     state, p, d, _ = leased()
     state, _ = transition(state, Lost(p))
-    assert not state.deaths
+    assert not state.missing
     other = Member(WorkerId("p2"), Incarnation(3))
     state, _ = transition(state, Routed(Route(prefill=other, decode=d)))
     state, _ = transition(state, Lost(d))
-    assert (state.deaths, state.phase) == (frozenset(), Phase.ADMITTED)
+    assert (state.missing, state.phase) == (frozenset(), Phase.ADMITTED)
 
 
 def without_decode_worker() -> tuple[RequestState, Member]:

@@ -207,6 +207,10 @@ def test_a_request_that_takes_worker_after_worker_down_is_not_tried_again() -> N
                 worker = busy(cluster.workers, "prefill")
                 assert worker is not None
                 await worker.stop()
+            await eventually(lambda: cluster.router.pools.num_ready("prefill") == 0)
+            assert not reading.task.done()  # they might only be out of reach
+            cluster.workers = [worker for worker in cluster.workers if worker.role == "decode"]
+            cluster.tell_members()
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await reading.task
             status = read_status(caught.value)

@@ -59,6 +59,7 @@ class Cluster:
         if crash.place in self.routers:
             self.time.at(self.time.now + crash.back_after_s, lambda: self._start_router(crash.place))
             return
+        self.laws.num_deaths += 1
         info = self._members[crash.place]
 
         def notice() -> None:
@@ -82,6 +83,7 @@ class Cluster:
             if self.workers[place] is not life or not life.process.is_alive:
                 return
             if life.worker.is_idle:
+                self.laws.num_deaths += 1
                 life.process.die(says_goodbye=True)
                 self._start_worker(place)
             else:

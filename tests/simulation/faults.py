@@ -70,7 +70,6 @@ class Faults:
         laws = cluster.laws
         cluster.history.note("fault", _words(fault))
         laws.quiet_from = max(laws.quiet_from, self._time.now + _lasts_s(fault))
-        laws.num_absences += isinstance(fault, Crash | Stall | Partition | Drain)
         match fault:
             case Crash():
                 cluster.crash(fault)

@@ -46,8 +46,8 @@ class Laws:
     has_digests: bool = True
     quiet_from: float = 0.0
     """When the last fault is over."""
-    num_absences: int = 0
-    """Workers that ended, stood still or were cut off; a stream that breaks takes nobody away."""
+    num_deaths: int = 0
+    """Workers whose process ended; one that is cut off or stands still lives."""
     patience_s: float = 0.3
     """How long after that, and after its client's last word, a request may still be computed."""
     asks: dict[int, Ask] = field(default_factory=dict)

@@ -255,14 +255,16 @@ def _plan(
 def _pursuit(random: Random, decode: tuple[str, ...], routers: tuple[str, ...]) -> tuple[Planned, ...]:
     """Leases change hands again and again while what was said of them before still comes in."""
     doubled = Planned(when=0.3, fault=Wild(for_s=CHAOS_S, lost=0.0, doubled=0.6, overtaken=0.0))
+    # Reads take so long that the streams to those who read break two or three times meanwhile.
+    slow = TransferTrouble(for_s=2.5, lost=0.0, doubled=0.0, slow=0.7, slowness_s=1.0, damaged=0.0)
+    first = 0.5 + random.random()
     breaks = tuple(
-        Planned(
-            when=0.5 + 1.5 * random.random(),
-            fault=Break(one=random.choice(routers), other=random.choice(decode), one_after_s=0.0, other_after_s=0.0),
-        )
-        for _ in range(3)
+        Planned(when=first + after_s, fault=Break(one=router, other=worker, one_after_s=0.0, other_after_s=0.0))
+        for after_s in (0.0, random.uniform(0.1, 0.4), random.uniform(0.3, 0.8))
+        for router in routers
+        for worker in decode
     )
-    return (doubled, *breaks)
+    return (doubled, Planned(when=0.3, fault=slow), *breaks)
 
 
 def _fault(

@@ -128,10 +128,10 @@ class Simulation:
                 laws.breach(f"{place}: {manager.num_available} of {manager.num_blocks} blocks are free or cached")
 
     def _may_fail(self, client: Client) -> bool:
-        """A deadline, or the poison guard: it needs workers that went away, not only streams that broke."""
+        """A deadline, or the poison guard: it needs workers that died, not only streams that broke."""
         if client.endings[0] == "failed: DEADLINE_EXCEEDED":
             return client.ask.timeout_s is not None
-        return POISON in client.details and self.laws.num_absences >= POISON_LIMIT
+        return POISON in client.details and self.laws.num_deaths >= POISON_LIMIT
 
     def _audit(self) -> None:
         for place, life in self.cluster.workers.items():

@@ -16,10 +16,12 @@ import msgspec
 
 from duopool.core.handoff import migration
 from duopool.core.handoff.request_state import (
+    POISON_LIMIT,
     Action,
     Emit,
     Evicted,
     Finish,
+    Gone,
     Heard,
     Lost,
     Member,
@@ -54,10 +56,12 @@ from duopool.core.messages import (
 )
 
 __all__ = [
+    "POISON_LIMIT",
     "Action",
     "Emit",
     "Evicted",
     "Finish",
+    "Gone",
     "Heard",
     "Lost",
     "Member",
@@ -79,13 +83,6 @@ __all__ = [
 ]
 """The values of `request_state.py` belong to this face."""
 
-POISON_LIMIT = 3
-"""A request whose attempts took this many workers down with them, without a decoded token in between, is given up.
-
-A worker that comes back in the same life was not taken down: only the stream to it broke.
-See docs/decisions/0004-three-deaths-are-poison.md.
-"""
-
 
 def begin(state: RequestState) -> Step:
     """The first action of a request."""
@@ -97,7 +94,9 @@ def transition(state: RequestState, event: RequestEvent) -> Step:
     if state.phase.is_final:
         return _after_the_end(state, event)
     if isinstance(event, Returned):
-        return replace(state, deaths=state.deaths - {event.member}), ()
+        return replace(state, missing=state.missing - {event.member}), ()
+    if isinstance(event, Gone):
+        return _gone(state, event.member)
     if state.shadow is not None:
         return _migrating(state, state.shadow, event)
     match event:
@@ -192,7 +191,7 @@ def _heard(state: RequestState, member: Member, message: WorkerMessage) -> Step:
         case Tokens(index=index) if index > len(state.output):
             return _missed(state, f"tokens before index {index} never came")
         case Tokens():
-            return _tokens(replace(state, phase=Phase.DECODING, deaths=frozenset()), message)
+            return _tokens(replace(state, phase=Phase.DECODING, missing=frozenset(), dead=frozenset()), message)
         case Nack():
             return _nack(state, member, message)
         case _:
@@ -273,14 +272,24 @@ def _lost(state: RequestState, member: Member) -> Step:
         return state, (NeedRoute(state.excluded),)
     if member == route.prefill and state.phase is Phase.DECODING and member != route.decode:
         return state, ()
-    deaths = state.deaths | ({member} if _is_at_work(state, member) else frozenset())
-    state = replace(state, deaths=deaths, excluded=state.excluded | {member})
-    if len(deaths) >= POISON_LIMIT:
-        reason = f"{len(deaths)} workers died one after the other while they worked on this request"
-        return _end(state, Finish(Phase.FAILED, reason, is_poison=True))
+    missing = state.missing | ({member} if _is_at_work(state, member) else frozenset())
+    state = replace(state, missing=missing, excluded=state.excluded | {member})
     if state.retries_left == 0:
         return _end(state, Finish(Phase.FAILED, f"worker {member.worker_id} was lost and no retries are left"))
     return _elsewhere(replace(state, retries_left=state.retries_left - 1), member)
+
+
+def _gone(state: RequestState, member: Member) -> Step:
+    """One that was lost over this request is dead; when there are too many of them, the request itself is suspected."""
+    if member not in state.missing:
+        return state, ()
+    state = replace(state, missing=state.missing - {member}, dead=state.dead | {member})
+    if len(state.dead) < POISON_LIMIT:
+        return state, ()
+    reason = f"{len(state.dead)} workers died one after the other while they worked on this request"
+    state, dropped = migration.abandon(state)
+    state, actions = _end(state, Finish(Phase.FAILED, reason, is_poison=True))
+    return state, (*dropped, *actions)
 
 
 def _is_at_work(state: RequestState, member: Member) -> bool:

@@ -21,6 +21,12 @@ from duopool.core.messages import (
 )
 from duopool.core.types import Incarnation, WorkerId
 
+POISON_LIMIT = 3
+"""A request whose attempts took this many workers down with them, without a decoded token in between, is given up.
+
+See docs/decisions/0004-three-deaths-are-poison.md.
+"""
+
 
 class Phase(StrEnum):
     ADMITTED = "admitted"
@@ -86,9 +92,15 @@ class RequestState:
     retries_left: int = 3
     excluded: frozenset[Member] = frozenset()
     """Members that failed this request."""
-    deaths: frozenset[Member] = frozenset()
-    """Members that were lost while they worked on this request and have not come back, without a token from a decode
-    worker in between."""
+    missing: frozenset[Member] = frozenset()
+    """Members that were lost while they worked on this request and have not come back: dead, or only out of reach."""
+    dead: frozenset[Member] = frozenset()
+    """Those of them whose end is certain. A token from a decode worker clears both."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """So many members were lost over it in a row that it goes on only when some of them turn out to live."""
+        return len(self.missing) + len(self.dead) >= POISON_LIMIT
 
     @property
     def is_handed_over(self) -> bool:
@@ -124,6 +136,13 @@ class Returned:
 
 
 @dataclass(frozen=True, slots=True)
+class Gone:
+    """The supervisor has struck the member off: its life is over for certain."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
 class Moved:
     """The decode worker is to be left, without a pause: `decode` takes the request over with its blocks."""
 
@@ -153,7 +172,7 @@ class Heard:
     message: WorkerMessage
 
 
-RequestEvent = Routed | Lost | Returned | Moved | Evicted | Stopped | Heard
+RequestEvent = Routed | Lost | Returned | Gone | Moved | Evicted | Stopped | Heard
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
