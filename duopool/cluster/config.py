@@ -60,6 +60,8 @@ class ClusterConfig(BaseModel):
     """Port of the OpenAI-compatible HTTP face; 0 lets the system choose, None means no such face."""
     routers: int = Field(default=1, ge=1, le=MAX_ROUTERS)
     """Router processes, each with sessions to all workers; the ports of the others follow those of the first."""
+    max_num_waiting_tokens: int = Field(default=RouterConfig().max_num_waiting_tokens, ge=1)
+    max_wait_s: float = Field(default=RouterConfig().max_wait_s, gt=0)
     metrics_prefix: str = RouterConfig().metrics_prefix
     tls: TlsFiles | None = None
     api_keys_file: str | None = None
@@ -106,6 +108,8 @@ class ClusterConfig(BaseModel):
             port=_following(self.port, number),
             http_port=None if self.http_port is None else _following(self.http_port, number),
             block_size=self.cache.block_size,
+            max_num_waiting_tokens=self.max_num_waiting_tokens,
+            max_wait_s=self.max_wait_s,
             metrics_prefix=self.metrics_prefix,
             internal=self.internal,
             tls=self.tls,

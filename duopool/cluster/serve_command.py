@@ -15,7 +15,15 @@ from duopool.cluster.config import ClusterConfig
 from duopool.cluster.settings import read_file
 from duopool.cluster.system import System
 from duopool.cluster.terminal import EXIT_FAILED, EXIT_USAGE, clear_errors, complain, err, out, progress, set_up_logging
-from duopool.core.config import CacheConfig, HandoffConfig, InternalConfig, ModelConfig, SchedulerConfig, TlsFiles
+from duopool.core.config import (
+    CacheConfig,
+    HandoffConfig,
+    InternalConfig,
+    ModelConfig,
+    RouterConfig,
+    SchedulerConfig,
+    TlsFiles,
+)
 
 
 class DType(StrEnum):
@@ -108,6 +116,14 @@ def serve(
         int, typer.Option(min=1, help="Token budget of a step: the chunk size of a long prompt.")
     ] = 512,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests in one step of a worker.")] = 64,
+    max_num_waiting_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Prompt tokens that may wait at a router; past it requests are refused at once."),
+    ] = RouterConfig().max_num_waiting_tokens,
+    max_wait_s: Annotated[
+        float,
+        typer.Option(help="A request that would wait longer than these seconds before it decodes is refused at once."),
+    ] = RouterConfig().max_wait_s,
     transport: Annotated[
         TransportChoice, typer.Option(help="How KV blocks travel; auto takes nixl where it imports.")
     ] = TransportChoice.auto,
@@ -158,6 +174,8 @@ def serve(
             host=host,
             port=port,
             http_port=http_port if http else None,
+            max_num_waiting_tokens=max_num_waiting_tokens,
+            max_wait_s=max_wait_s,
             metrics_prefix=metrics_prefix,
             api_keys_file=_path(api_keys_file),
             tls=_tls_files(tls_certificate, tls_key, tls_client_ca),

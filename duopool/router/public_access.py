@@ -1,7 +1,8 @@
 """Who may call the public ports, and as which tenant: API keys and TLS, the same for gRPC and HTTP.
 
-Owns the keys (only their digests stay in memory) and what separates tenants: the salt of their cached blocks. Without
-keys everybody is the one anonymous tenant. A keys file has one `TENANT KEY` a line; a tenant may have several keys.
+Owns what a key is (only digests of keys stay in memory) and what separates tenants: the salt of their cached blocks.
+Without keys everybody is the one anonymous tenant. A keys file has one `TENANT KEY` a line; a tenant may have several
+keys. The file may change while the router runs (`key_file.py`), keys in the environment may not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import grpc
 from duopool.core.config import RouterConfig, TlsFiles
 from duopool.core.errors import InvalidRequest, Unauthenticated
 from duopool.proto.bearer import HEADER, Guard, digest_of, find_secret, shown_secret
-from duopool.proto.secret_files import read_secret
+from duopool.router.key_file import Digests, KeyFile
 
 KEYS_VARIABLE = "DUOPOOL_API_KEYS"
 MIN_KEY_CHARS = 16
@@ -46,8 +47,9 @@ ANONYMOUS = Tenant("")
 class PublicAccess:
     """What the public ports ask of callers."""
 
-    digests: tuple[tuple[bytes, str], ...] = ()
-    """(digest of a key, its tenant); none means that no key is asked for."""
+    digests: Digests = ()
+    """None means that no key is asked for, unless there is a file."""
+    file: KeyFile | None = None
     tls: TlsFiles | None = None
 
     @classmethod
@@ -55,21 +57,22 @@ class PublicAccess:
         """Keys from DUOPOOL_API_KEYS, else from the file. Raises Unauthenticated or InvalidRequest naming the line."""
         text = environment.get(KEYS_VARIABLE, "")
         if not text and config.api_keys_file is not None:
-            text = read_secret(Path(config.api_keys_file))
+            return cls(file=KeyFile(Path(config.api_keys_file), parse_keys), tls=config.tls)
         digests = parse_keys(text)
-        if not digests and (text or config.api_keys_file is not None):
+        if text and not digests:
             raise InvalidRequest("api_keys", "keys are wanted, but there is no key")
         return cls(digests=digests, tls=config.tls)
 
     @property
     def asks_for_keys(self) -> bool:
-        return bool(self.digests)
+        return bool(self.digests) or self.file is not None
 
     def tenant(self, authorization: object) -> Tenant:
         """Whose key this value of the `authorization` header shows. Raises Unauthenticated."""
         if not self.asks_for_keys:
             return ANONYMOUS
-        name = find_secret(shown_secret(authorization), self.digests)
+        digests = self.digests if self.file is None else self.file.digests()
+        name = find_secret(shown_secret(authorization), digests)
         if name is None:
             raise Unauthenticated("the call needs an API key: 'authorization: Bearer KEY'")
         return Tenant(name)
@@ -101,7 +104,7 @@ class PublicAccess:
         return int(server.add_secure_port(address, credentials))
 
 
-def parse_keys(text: str) -> tuple[tuple[bytes, str], ...]:
+def parse_keys(text: str) -> Digests:
     """`TENANT KEY` pairs, one a line or separated by commas; `#` begins a comment. InvalidRequest names the line."""
     found: dict[bytes, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):

@@ -69,6 +69,7 @@ class RouterServer:
         self._executor = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._health = health.aio.HealthServicer()
         self._tasks: tuple[asyncio.Task[None], ...] = ()
+        self._has_stopped = False
         self._health_wake = asyncio.Event()
         self._evacuation = Evacuation(self.pools, clock=clock)
         model_id = config.model.served_model_name or config.model.model
@@ -100,28 +101,18 @@ class RouterServer:
         control.add_to(self._internal)
 
     async def start(self) -> None:
-        """Listen on all ports; OSError when one is taken."""
-        config = self._config
-        address = f"{config.host}:{config.port}"
+        """Listen on all ports. OSError, and nothing is left, when one is taken."""
         try:
-            self.port = self._public_access.add_port(self._public, address)
-            address = f"{config.internal_host}:{config.internal_port}"
-            self.internal_port = self._access.add_port(self._internal, address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: {error}") from error
-        self.pools.on_change = self._on_change
-        self._on_change()
-        self._tasks = (asyncio.create_task(self._tell_health()), asyncio.create_task(self._evacuation.run()))
-        if self._http is not None:
-            await self._http.start()
-            self.http_port = self._http.port
-        await self._internal.start()
-        await self._public.start()
+            await self._listen()
+        except OSError:
+            await self.stop(0)
+            raise
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Take nothing new, let streams end for a while, then close everything. Safe to call twice."""
-        if not self._tasks:
+        if self._has_stopped:
             return
+        self._has_stopped = True
         await self._health.enter_graceful_shutdown()
         faces = [self._public.stop(grace_s)]
         if self._http is not None:
@@ -131,10 +122,29 @@ class RouterServer:
         await self._internal.stop(0)
         for task in self._tasks:
             task.cancel()
-        self._tasks = ()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._executor.shutdown(wait=True, cancel_futures=True)
         if self._traces is not None:
             self._traces.close()
+
+    async def _listen(self) -> None:
+        config = self._config
+        # First: a gRPC server that is bound and never started makes noise when it goes.
+        if self._http is not None:
+            await self._http.start()
+            self.http_port = self._http.port
+        address = f"{config.host}:{config.port}"
+        try:
+            self.port = self._public_access.add_port(self._public, address)
+            address = f"{config.internal_host}:{config.internal_port}"
+            self.internal_port = self._access.add_port(self._internal, address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: the port is taken, or the host is not this machine") from error
+        self.pools.on_change = self._on_change
+        self._on_change()
+        self._tasks = (asyncio.create_task(self._tell_health()), asyncio.create_task(self._evacuation.run()))
+        await self._internal.start()
+        await self._public.start()
 
     def _make_public(self, inference: InferenceService) -> grpc.aio.Server:
         server = grpc.aio.server(

@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from duopool.cluster.cli import app
+from duopool.cluster.config import ClusterConfig
 
 ORIGINS = ("flag", "environment", "file")
 
@@ -32,6 +33,16 @@ def test_the_strongest_origin_wins(given: tuple[str, ...], tmp_path: Path) -> No
     rows = show("--config", str(file), *flags, environment=environment)
     assert rows["max-num-seqs"] == [expected[origin], origin]
     assert {row[1] for name, row in rows.items() if name != "max-num-seqs"} == {"default"}
+
+
+def test_the_limits_of_the_waiting_room_reach_every_router() -> None:
+    rows = show("--max-num-waiting-tokens", "4096", environment={"DUOPOOL_MAX_WAIT_S": "2.5"})
+    assert rows["max-num-waiting-tokens"] == ["4096", "flag"]
+    assert rows["max-wait-s"] == ["2.5", "environment"]
+    config = ClusterConfig(routers=2, max_num_waiting_tokens=4096, max_wait_s=2.5)
+    for number in range(2):
+        router = config.router(number)
+        assert (router.max_num_waiting_tokens, router.max_wait_s) == (4096, 2.5)
 
 
 def test_the_printed_file_gives_the_same_settings(tmp_path: Path) -> None:

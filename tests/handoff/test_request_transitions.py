@@ -170,6 +170,7 @@ class RequestMachine(RuleBasedStateMachine):
         self.finishes: list[Finish] = []
         self.num_routes = 0
         self.num_evictions = 0
+        self.num_busy = 0
         self.num_moves = 0
         self.num_heard = 0
         self.next_incarnation = 100
@@ -254,6 +255,7 @@ class RequestMachine(RuleBasedStateMachine):
     def hear_from(self, member: Member, message: object) -> None:
         if member in self.lost:
             return
+        self.num_busy += isinstance(message, Nack) and message.reason is NackReason.BUSY
         self.feed(Heard(member, message))  # type: ignore[arg-type]
         is_last = isinstance(message, Nack) or (isinstance(message, Tokens) and message.finish_reason is not None)
         if is_last and self.world.holders.get(member) == message.attempt:  # type: ignore[attr-defined]
@@ -331,9 +333,13 @@ class RequestMachine(RuleBasedStateMachine):
 
     @invariant()
     def attempts_are_bounded(self) -> None:
-        """One attempt at first and one per retry; a lease lost while no route is there costs no attempt."""
-        assert self.state.newest_attempt <= 1 + MAX_RETRIES + self.num_evictions + self.num_moves
-        assert self.num_routes <= 1 + MAX_RETRIES + self.num_evictions
+        """One attempt at first and one per retry; a lease lost while no route is there costs no attempt.
+
+        Who is evicted, or refused because a worker is busy, has failed at nothing.
+        """
+        num_free = self.num_evictions + self.num_busy
+        assert self.state.newest_attempt <= 1 + MAX_RETRIES + num_free + self.num_moves
+        assert self.num_routes <= 1 + MAX_RETRIES + num_free
 
     @invariant()
     def nobody_holds_what_was_given_up(self) -> None:

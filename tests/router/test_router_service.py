@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,13 +17,15 @@ import msgspec
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from router_fakes import FakeCluster, FakeWorker, byte_tokenizer, eventually, expected_output
+from router_fakes import FakeCluster, FakeWorker, byte_tokenizer, eventually, expected_output, router_tokenizer
 
 from duopool.client import AsyncClient, Client, DeadlineExceeded, RequestRefused, ServerUnavailable
+from duopool.core.config import ModelConfig, RouterConfig
 from duopool.core.errors import WorkerNotFound
 from duopool.proto import control_pb2, control_pb2_grpc
 from duopool.proto import inference_pb2 as pb
 from duopool.proto.control_codec import result_of
+from duopool.router.server import RouterServer
 
 PROMPT = [5, 6, 7]
 
@@ -239,3 +242,18 @@ def test_the_process_says_where_it_listens_and_stops_when_told(tmp_path: Path) -
             process.send_signal(signal.SIGTERM)
             assert process.wait() == 0
             timer.cancel()
+
+
+@pytest.mark.parametrize("field", ["port", "http_port", "internal_port"])
+def test_a_router_whose_port_is_taken_names_it_and_leaves_nothing_behind(field: str) -> None:
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            ports = {"port": 0, "http_port": 0, "internal_port": 0} | {field: port}
+            server = RouterServer(RouterConfig(model=ModelConfig(model="tiny"), **ports), router_tokenizer())
+            with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+                await server.start()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await server.stop()
+
+    asyncio.run(run())

@@ -14,6 +14,7 @@ from duopool.core.config import InternalConfig, RouterConfig
 from duopool.core.errors import InvalidRequest, Unauthenticated
 from duopool.proto.client_access import ClientAccess
 from duopool.proto.internal_access import InternalAccess
+from duopool.router.key_file import LOOK_S, KeyFile
 from duopool.router.public_access import ANONYMOUS, PublicAccess, Tenant, parse_keys
 
 KEY = "alice-key-0123456789"
@@ -66,7 +67,7 @@ def test_a_secret_that_others_can_reach_is_refused(tmp_path: Path, bits: int) ->
     with pytest.raises(Unauthenticated, match="chmod 600"):
         PublicAccess.load(RouterConfig(api_keys_file=str(file)), {})
     file.chmod(0o600)
-    assert PublicAccess.load(RouterConfig(api_keys_file=str(file)), {}).digests
+    assert PublicAccess.load(RouterConfig(api_keys_file=str(file)), {}).tenant(f"Bearer {KEY}") == Tenant("alice")
 
 
 @pytest.mark.parametrize("content", ["", "short", "16 characters, not ascii: é", "two\nlines of a secret"])
@@ -115,6 +116,40 @@ def test_keys_name_their_tenant() -> None:
     assert KEY not in repr(ClientAccess(api_key=KEY))
     environment = {"DUOPOOL_API_KEYS": f"alice {KEY}, bob {OTHER_KEY}"}
     assert len(PublicAccess.load(RouterConfig(api_keys_file="/nowhere"), environment).digests) == 2
+
+
+def test_keys_are_given_out_and_taken_back_while_the_router_runs(tmp_path: Path) -> None:
+    file, now = tmp_path / "keys", [0.0]
+    file.touch(mode=0o600)
+    file.write_text(f"alice {KEY}")
+    keys = KeyFile(file, parse_keys, clock=lambda: now[0])
+    access = PublicAccess(file=keys)
+
+    def opens(key: str) -> bool:
+        try:
+            return bool(access.tenant(f"Bearer {key}").name)
+        except Unauthenticated:
+            return False
+
+    assert (opens(KEY), opens(OTHER_KEY)) == (True, False)
+    file.write_text(f"alice {KEY}\nbob {OTHER_KEY}")
+    now[0] += LOOK_S
+    assert (opens(KEY), opens(OTHER_KEY)) == (True, True)
+    for wrong in ("", "alice", "# nobody"):  # nobody is locked out, and the door does not stand open either
+        file.write_text(wrong)
+        now[0] += LOOK_S
+        assert (opens(KEY), opens(OTHER_KEY), opens("x" * 20)) == (True, True, False)
+    file.chmod(0o644)
+    file.write_text("mallory " + "x" * 20)
+    now[0] += LOOK_S
+    assert not opens("x" * 20)
+    file.unlink()
+    now[0] += LOOK_S
+    assert opens(KEY)
+    file.touch(mode=0o600)
+    file.write_text(f"bob {OTHER_KEY}")
+    now[0] += LOOK_S
+    assert (opens(KEY), opens(OTHER_KEY)) == (False, True)
 
 
 @pytest.mark.parametrize(
