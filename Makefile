@@ -91,7 +91,7 @@ clients: $(CLIENT_STAMP) ## Foreign clients, unmodified, against a running syste
 
 # Two environments, since the load generators pin what the others use; both see the project's own packages behind theirs.
 $(CLIENT_STAMP): $(STAMP) $(wildcard tests/clients/requirements-*.txt)
-	@for name in apis load; do \
+	@for name in apis load gateway; do \
 		$(PYTHON) -m venv $(CLIENTS)/$$name; \
 		$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 			> "$$($(CLIENTS)/$$name/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz-project.pth"; \

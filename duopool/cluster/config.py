@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from duopool.cluster.pools import index_of
 from duopool.core.config import (
     MAX_POOL_SIZE,
     CacheConfig,
@@ -73,6 +74,8 @@ class ClusterConfig(BaseModel):
     """Compute threads of each worker; as many as the driver may use when None."""
     decode_quantization: QuantizationName | None = None
     """Of the decode pool, which waits for memory; prefill waits for arithmetic and keeps the checkpoint's weights."""
+    smg_port: int | None = Field(default=None, ge=0, le=65535)
+    """First port of the VllmEngine protocol: `prefill-N` listens on it + 2 N, `decode-N` on it + 2 N + 1."""
     num_gpus_per_worker: float | None = Field(default=None, ge=0)
     """Share of a GPU per worker; an even share of what Ray has when None."""
 
@@ -97,6 +100,7 @@ class ClusterConfig(BaseModel):
             host=host,
             num_threads=num_threads,
             shares_cores=shares_cores,
+            smg_port=None if self.smg_port is None else _following(self.smg_port, _smg_offset(worker_id, role)),
         )
 
     def router(self, number: int = 0) -> RouterConfig:
@@ -120,5 +124,10 @@ class ClusterConfig(BaseModel):
 
 
 def _following(port: int, number: int) -> int:
-    """The port of another router; one that the system chooses stays so."""
+    """A port behind the first one; one that the system chooses stays so."""
     return port + number if port else 0
+
+
+def _smg_offset(worker_id: WorkerId, role: Role) -> int:
+    """Places keep their port through every restart, and pools may grow."""
+    return 2 * index_of(worker_id) + (role is Role.DECODE)

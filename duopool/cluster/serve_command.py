@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from enum import StrEnum
 from pathlib import Path
@@ -136,6 +137,15 @@ def serve(
     metrics_prefix: Annotated[
         str, typer.Option(help="First part of every metric's name; 'vllm' makes boards of vLLM fit.")
     ] = "duopool",
+    smg_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Also let the smg gateway drive the pools: prefill-N listens on this port + 2N, decode-N on it "
+            "+ 2N + 1; 0 lets the system choose. Needs the extra 'smg'; these ports ask for no key.",
+        ),
+    ] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; a private one is started here if not given.")
     ] = None,
@@ -151,6 +161,9 @@ def serve(
 ) -> None:
     """Start Ray, the workers of both pools and the router; serve until Ctrl-C or SIGTERM."""
     set_up_logging(verbose=verbose)
+    if smg_port is not None and importlib.util.find_spec("smg_grpc_proto") is None:
+        complain("--smg-port needs the package smg-grpc-proto: pip install 'duopool[smg]'")
+        raise typer.Exit(EXIT_USAGE)
     try:
         wanted = ClusterConfig(
             prefill=prefill,
@@ -184,6 +197,7 @@ def serve(
             ray_address=ray_address,
             num_threads=num_threads,
             num_gpus_per_worker=num_gpus_per_worker,
+            smg_port=smg_port,
             decode_quantization=None if decode_quantization is None else decode_quantization.value,
         )
     except ValidationError as error:

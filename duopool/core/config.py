@@ -125,6 +125,8 @@ class WorkerConfig(_Config):
     num_threads: int | None = Field(default=None, ge=1)
     shares_cores: bool = True
     """With the other pool: prefill steps then stand behind decode steps, and decode steps wait for bursts."""
+    smg_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of the VllmEngine protocol for the smg gateway; 0 lets the system choose, None means it is not served."""
 
 
 class RouterConfig(_Config):

@@ -32,6 +32,7 @@ from duopool.engine.surroundings import Surroundings
 from duopool.engine.transfer.digest import seal
 
 if TYPE_CHECKING:
+    from duopool.engine.smg.service import EngineServer
     from duopool.proto.internal_access import InternalAccess
     from duopool.proto.server_thread import ServerThread
 
@@ -162,10 +163,8 @@ class WorkerProcess:
             service.add_to(server)
             assembly.add_services(server)
 
-        assembly.worker.on_change = on_change
-        self._server.serve(add_services, service.beat)
-        steps.start()
-        self._info = WorkerInfo(
+        engine = self._listen_for_gateway(self._server)
+        info = self._info = WorkerInfo(
             worker_id=parts.worker_id,
             role=config.role.value,
             incarnation=self._incarnation,
@@ -179,10 +178,27 @@ class WorkerProcess:
             vocab_size=runner.vocab_size,
             dtype=runner.dtype,
             tokenizer_digest=tokenizer_digest(source.folder),
-            notes=runner.notes,
+            notes=(*runner.notes, *(() if engine is None else (engine.note,))),
             pid=os.getpid(),
         )
-        return self._info
+
+        assembly.worker.on_change = on_change
+        self._server.serve(add_services, service.beat)
+        if engine is not None:
+            load = assembly.worker.load
+            self._server.run_beside(
+                engine.run(service, info, model, source.folder, config=config, access=access, load=load)
+            )
+        steps.start()
+        return info
+
+    def _listen_for_gateway(self, server: ServerThread) -> EngineServer | None:
+        """The port of the smg gateway's protocol, where it is wanted."""
+        if self._config.smg_port is None:
+            return None
+        from duopool.engine.smg.service import EngineServer
+
+        return server.call(EngineServer.listen(self._config.host, self._config.smg_port))
 
     def info(self) -> WorkerInfo | None:
         """The registration; None before `start` has ended."""

@@ -31,24 +31,33 @@ class ServerThread:
 
     def listen(self, host: str) -> str:
         """Bind a port that the system chooses; returns host:port. Raises Unavailable."""
-        return self._call(self._listen(host))
+        return self.call(self._listen(host))
 
     def serve(
         self, add_services: Callable[[grpc.aio.Server], None], background: Callable[[], Coroutine[Any, Any, None]]
     ) -> None:
         """Register services and start; `background` runs beside them until `stop`."""
-        self._call(self._serve(add_services, background))
+        self.call(self._serve(add_services, background))
+
+    def run_beside(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run something on the loop beside what is served, until `stop`; how it ends is its own business."""
+
+        async def begin() -> None:
+            self._tasks.append(asyncio.create_task(coroutine))
+
+        self.call(begin())
 
     def stop(self, *, grace_s: float = 0.5) -> None:
         """End all calls and the thread. Safe to call twice."""
         if self._loop.is_closed():
             return
-        self._call(self._stop(grace_s))
+        self.call(self._stop(grace_s))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run something on the loop and wait for it."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _listen(self, host: str) -> str:

@@ -11,7 +11,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -19,7 +22,7 @@ import grpc
 import msgspec
 from msgspec import structs
 
-from duopool.core.messages import Event, KvChanged, KvSnapshot, LedgerReport, StepReport, WorkerLoad
+from duopool.core.messages import Command, Event, KvChanged, KvSnapshot, LedgerReport, StepReport, WorkerLoad
 from duopool.core.types import Incarnation
 from duopool.core.worker import SessionId, Worker
 from duopool.proto import codec
@@ -70,6 +73,15 @@ class _Mailbox:
             events.append(self._load)
             self._load = None
         return tuple(events)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSession:
+    """A session without a stream, for a service in the worker's own process. Used on the server's event loop only."""
+
+    send: Callable[[Sequence[Command]], None]
+    receive: Callable[[], Awaitable[tuple[Event, ...]]]
+    """Everything that is there, at least one event; empty once the session is over."""
 
 
 class WorkerService:
@@ -144,28 +156,37 @@ class WorkerService:
         metadata = dict(context.invocation_metadata() or ())
         if metadata.get(INCARNATION_KEY) != str(self._incarnation):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this is another incarnation of the worker")
-        session, mailbox = self._open()
-        commands = asyncio.create_task(self._take_commands(requests, session))
-        commands.add_done_callback(lambda _: mailbox.close())
-        try:
-            while events := await mailbox.take():
-                await context.write(codec.encode(StepReport(events=events)))
-            if commands.done() and not commands.cancelled() and (error := commands.exception()) is not None:
-                if isinstance(error, msgspec.DecodeError):
-                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-                log.error("a command failed in a way that nobody planned for", exc_info=error)
-                await context.abort(grpc.StatusCode.INTERNAL, "internal error; the worker's log has more")
-        finally:
-            commands.cancel()
-            del self._mailboxes[session]
-            self._worker.close_session(session, now=self._clock())
+        with self._opened() as (session, mailbox):
+            commands = asyncio.create_task(self._take_commands(requests, session))
+            commands.add_done_callback(lambda _: mailbox.close())
+            try:
+                while events := await mailbox.take():
+                    await context.write(codec.encode(StepReport(events=events)))
+                if commands.done() and not commands.cancelled() and (error := commands.exception()) is not None:
+                    if isinstance(error, msgspec.DecodeError):
+                        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                    log.error("a command failed in a way that nobody planned for", exc_info=error)
+                    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the worker's log has more")
+            finally:
+                commands.cancel()
 
-    def _open(self) -> tuple[SessionId, _Mailbox]:
+    @contextmanager
+    def local_session(self) -> Iterator[LocalSession]:
+        """A session that lasts as long as the `with` block; on the event loop."""
+        with self._opened() as (session, mailbox):
+            yield LocalSession(send=partial(self._take_batch, session=session), receive=mailbox.take)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[SessionId, _Mailbox]]:
         session, mailbox = SessionId(next(self._session_ids)), _Mailbox()
         self._mailboxes[session] = mailbox
         self._worker.open_session(session, now=self._clock())
         self._deliver()
-        return session, mailbox
+        try:
+            yield session, mailbox
+        finally:
+            del self._mailboxes[session]
+            self._worker.close_session(session, now=self._clock())
 
     async def _take_commands(self, requests: AsyncIterator[bytes], session: SessionId) -> None:
         async for data in requests:
@@ -176,7 +197,7 @@ class WorkerService:
                 raise
             self._take_batch(batch.commands, session)
 
-    def _take_batch(self, commands: Sequence[Any], session: SessionId) -> None:
+    def _take_batch(self, commands: Sequence[Command], session: SessionId) -> None:
         for command in commands:
             self._worker.handle(command, session, now=self._clock())
         self._deliver()

@@ -19,6 +19,7 @@ from duopool.core.config import RouterConfig
 from duopool.core.types import Role
 from duopool.proto import inference_pb2
 from duopool.proto.internal_access import InternalAccess
+from duopool.proto.rpc import service_handler
 from duopool.router.admin_service import AdminService
 from duopool.router.connection import connector
 from duopool.router.control_service import COMMAND_TIMEOUT_S, ControlService
@@ -33,7 +34,6 @@ from duopool.router.metrics import Metrics
 from duopool.router.pools import Pools
 from duopool.router.public_access import PublicAccess
 from duopool.router.request_life import ROUTE_WAIT_S
-from duopool.router.rpc import service_handler
 from duopool.router.tokenizer import Tokenizer
 from duopool.router.traces import make_traces
 from duopool.router.watch import Watches

@@ -30,6 +30,7 @@ CHECKS = {
     "schemathesis": "apis",
     "guidellm": "load",
     "aiperf": "load",
+    "smg": "gateway",
 }
 """Name of the check, and the environment it runs in."""
 TIMEOUT_S = 240.0
@@ -38,12 +39,15 @@ TIMEOUT_S = 240.0
 def main(wanted: list[str]) -> int:
     names = wanted or list(CHECKS)
     folder = resolve_model("smollm2").folder
-    config = ClusterConfig(port=0, http_port=0, model=ModelConfig(dtype="float32"), cache=CacheConfig(num_blocks=1000))
+    config = ClusterConfig(
+        port=0, http_port=0, model=ModelConfig(dtype="float32"), cache=CacheConfig(num_blocks=1000), smg_port=0
+    )
     failed = []
     with System.start(config, report=lambda stage, text: print(f"{stage:>8}  {text}", flush=True)) as system:
         told = {
             "DUOPOOL_HTTP": system.routers[0].http_url or "",
             "DUOPOOL_GRPC": system.address,
+            **{f"DUOPOOL_SMG_{info.role.upper()}": info.notes[-1].split()[-1] for info in system.view.members},
             "DUOPOOL_MODEL_FOLDER": str(folder),
             "DUOPOOL_BUF": str(ENVIRONMENTS / "npm/node_modules/.bin/buf"),
             "HF_HUB_OFFLINE": "1",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import httpx
 import openai
 import pytest
 import torch
-from calls import is_at_rest, wait_for
+from calls import is_at_rest, state, wait_for
 from openai import OpenAI
 from reference import MAX_TOKENS, Reference
 from remains import Remains
@@ -46,6 +48,7 @@ def system(nothing_remains: Remains) -> Iterator[System]:
         model=ModelConfig(dtype="float32"),
         cache=CacheConfig(block_size=BLOCK, num_blocks=600),
         scheduler=SchedulerConfig(max_num_batched_tokens=128),
+        smg_port=0,
     )
     with System.start(config) as running:
         nothing_remains.watch(running.address)
@@ -204,6 +207,32 @@ def test_the_rest_of_the_interface_answers(client: OpenAI, system: System) -> No
         assert plain.get("/version").json()["version"]
         assert b"duopool:time_to_first_token_seconds_count" in plain.get("/metrics").content
         assert "/v1/chat/completions" in plain.get("/openapi.json").json()["paths"]
+
+
+def test_the_smg_gateways_protocol_drives_the_same_workers(system: System, reference: Reference) -> None:
+    """As the gateway does it: a prompt to the prefill worker, what that answers to the decode worker."""
+    wire = pytest.importorskip("smg_grpc_proto.generated.vllm_engine_pb2")
+    stubs = pytest.importorskip("smg_grpc_proto.generated.vllm_engine_pb2_grpc")
+    address = {info.role: info.notes[-1].split()[-1] for info in system.view.members}
+    pulled = {worker.role: worker.pulled_blocks for worker in state(system.address).workers}
+    prompts = [prompt for prompt in reference.prompts() if len(prompt) in (1, 17, 390)]
+    with grpc.insecure_channel(address["prefill"]) as to_prefill, grpc.insecure_channel(address["decode"]) as to_decode:
+        prefill, decode = stubs.VllmEngineStub(to_prefill), stubs.VllmEngineStub(to_decode)
+        for prompt in prompts:
+            request = wire.GenerateRequest(
+                tokenized=wire.TokenizedInput(input_ids=prompt),
+                sampling_params=wire.SamplingParams(max_tokens=1, temperature=0, ignore_eos=True),
+            )
+            (answer,) = prefill.Generate(request, timeout=60)
+            request.sampling_params.max_tokens = MAX_TOKENS
+            request.kv_transfer_params_json = answer.complete.kv_transfer_params_json
+            request.stream = True
+            told = [
+                token_id for message in decode.Generate(request, timeout=60) for token_id in message.chunk.token_ids
+            ]
+            assert tuple(told) == reference.greedy(prompt)
+    now = {worker.role: worker.pulled_blocks for worker in wait_for(system.address, is_at_rest).workers}
+    assert now["decode"] - pulled["decode"] == sum(math.ceil(len(prompt) / BLOCK) for prompt in prompts)
 
 
 @pytest.mark.parametrize("example", ["openai_stream.py", "structured.py", "many_at_once.py"])

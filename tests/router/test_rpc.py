@@ -10,7 +10,7 @@ import pytest
 
 from duopool.core.errors import DeadlineMissed
 from duopool.proto import inference_pb2 as pb
-from duopool.router.rpc import service_handler
+from duopool.proto.rpc import service_handler
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
 

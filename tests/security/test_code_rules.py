@@ -14,6 +14,8 @@ UNPICKLING_CALLS = {"torch.load", "ray.cloudpickle.loads", "numpy.load", "np.loa
 GUARDED = {"grpc.aio.server", "grpc.server"}
 MAKES_SERVERS = {"proto/internal_access.py", "router/server.py"}
 """Behind the credential, and behind API keys."""
+OPEN_SERVERS = {"engine/smg/service.py"}
+"""Speak a protocol that knows no credential, on a port that is off unless asked for; see docs/security.md."""
 
 
 def trees() -> Iterator[tuple[str, ast.AST]]:
@@ -51,6 +53,6 @@ def test_no_checkpoint_brings_code_along() -> None:
 def test_every_server_has_its_guard() -> None:
     for name, tree in trees():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in GUARDED:
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in GUARDED and name not in OPEN_SERVERS:
                 assert name in MAKES_SERVERS, f"{name}:{node.lineno} makes a server of its own"
                 assert "interceptors" in {keyword.arg for keyword in node.keywords}

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import httpx
 import msgspec
+import openai
 import pytest
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection, reflection_pb2
@@ -211,6 +212,26 @@ def test_http_asks_for_the_same_keys(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 assert unknown.status_code == 401
                 events = await client.get("/live/events", headers=dict(bearer(ALICE)))
                 assert events.status_code == 401
+
+    asyncio.run(run())
+
+
+def test_openais_client_brings_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unmodified: by argument or by its own environment variable; a wrong one is its own error."""
+
+    async def run() -> None:
+        async with cluster_with_keys(tmp_path, monkeypatch, http_port=0) as cluster:
+            url = f"http://127.0.0.1:{cluster.router.http_port}/v1"
+            monkeypatch.setenv("OPENAI_API_KEY", BOB)
+            for keyed in ({"api_key": ALICE}, {}):
+                async with openai.AsyncOpenAI(base_url=url, max_retries=0, **keyed) as client:
+                    (model,) = (await client.models.list()).data
+                    answer = await client.completions.create(model=model.id, prompt=[1, 2, 3], max_tokens=2)
+                    assert answer.usage is not None
+                    assert answer.usage.completion_tokens == 2
+            async with openai.AsyncOpenAI(base_url=url, max_retries=0, api_key="wrong-0123456789abcdef") as stranger:
+                with pytest.raises(openai.AuthenticationError, match="key"):
+                    await stranger.completions.create(model=model.id, prompt=[1, 2, 3], max_tokens=2)
 
     asyncio.run(run())
 

@@ -22,13 +22,13 @@ from duopool.engine.transfer.digest import seal
 from duopool.engine.transfer.source import KvSource
 from duopool.prefill_worker.worker import PrefillWorker
 from duopool.proto import inference_pb2
+from duopool.proto.rpc import service_handler
 from duopool.proto.worker_service import WorkerService
 from duopool.router.evacuation import Evacuation
 from duopool.router.generation import Generation
 from duopool.router.inference_service import InferenceService
 from duopool.router.pools import Pools
 from duopool.router.public_access import PublicAccess
-from duopool.router.rpc import service_handler
 
 from .client import character_tokenizer
 from .laws import Laws, WatchedWorker

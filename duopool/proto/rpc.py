@@ -24,11 +24,15 @@ Unary = Callable[[Any, Any], Awaitable[Any]]
 
 
 def service_handler(service: ServiceDescriptor, implementation: object) -> grpc.GenericRpcHandler:
-    """Handlers for all methods of `service`, taken by name from `implementation`.
+    """Handlers for the methods of `service`, taken by name from `implementation`; the others are UNIMPLEMENTED.
 
     A unary method is `async (request, context) -> response`; a streaming one writes to the context and returns None.
     """
-    handlers = {method.name: _handler(method, getattr(implementation, method.name)) for method in service.methods}
+    handlers = {
+        method.name: _handler(method, getattr(implementation, method.name))
+        for method in service.methods
+        if hasattr(implementation, method.name)
+    }
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
@@ -53,7 +57,7 @@ def _guarded(kind: Descriptor, behaviour: Unary) -> Unary:
             raise asyncio.CancelledError("the connection broke under a write") from failure
         except Exception:
             log.exception("a call failed in a way that nobody planned for")
-            await _refuse(context, DuopoolError("internal error; the router's log has more"))
+            await _refuse(context, DuopoolError("internal error; the server's log has more"))
 
     return call
 
