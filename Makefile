@@ -53,6 +53,10 @@ simulate: $(STAMP) ## SEEDS=1000 histories of the whole system on virtual time, 
 simulate-bugs: $(STAMP) ## The same with bugs planted, one after the other: every one must be found
 	@$(BIN)/python -m tests.simulation --bugs --seeds $(SEEDS)
 
+.PHONY: hosts
+hosts: $(STAMP) ## Pools on hosts of their own (network namespaces); one loses its cable, one its power, under streams
+	@$(BIN)/python -m pytest -s -m slow tests/hosts
+
 .PHONY: corrupt
 corrupt: $(STAMP) ## 10,000 damaged pages on their way from P to D: all noticed, none shown in a token
 	@$(BIN)/python tests/corruption/corruption.py

@@ -26,7 +26,7 @@ start_node() {
     fi
     exec ray symmetric-run --address "$HEAD:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
         --resources "$pool" --object-store-memory 100000000 \
-        -- duopool serve --ray-address auto --host 0.0.0.0 --prefill "$PREFILL_NODES" --decode "$NUM_DECODE" "$@"
+        -- duopool serve --ray-address auto --pin-pools --host 0.0.0.0 --prefill "$PREFILL_NODES" --decode "$NUM_DECODE" "$@"
 }
 export -f start_node
 

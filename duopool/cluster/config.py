@@ -70,6 +70,8 @@ class ClusterConfig(BaseModel):
     internal_port: int = Field(default=0, ge=0, le=65535)
     ray_address: str | None = None
     """Ray cluster to join; a private local one is started when None."""
+    pin_pools: bool = False
+    """Place workers on nodes of their pool only, before the first such node has been seen too."""
     num_threads: int | None = Field(default=None, ge=1)
     """Compute threads of each worker; as many as the driver may use when None."""
     decode_quantization: QuantizationName | None = None

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import duopool
-from duopool.core.types import Role, WorkerId
+from duopool.core.types import Role
 
 CPUS_PER_WORKER = 0.01
 """What a worker claims from Ray where no role resource pins it; its compute threads are bounded by OpenMP instead."""
 
 
-def actor_options(
-    worker_id: WorkerId, role: Role, resources: Mapping[str, float], *, num_threads: int, num_gpus: float
-) -> dict[str, Any]:
-    """Options of the actor. `resources` are what the cluster has, or ever had.
+def has_pool_nodes(resources: Mapping[str, float]) -> bool:
+    """Whether a cluster with these resources has nodes for one of the pools: then both are pinned."""
+    return any(role.value in resources for role in Role)
+
+
+def actor_options(role: Role, *, is_pinned: bool, num_threads: int, num_gpus: float) -> dict[str, Any]:
+    """Options of a worker's actor; one that is pinned waits for a node of its pool.
 
     `max_restarts` is 0: a restarted actor would answer under the same handle with empty state, so the supervisor starts
     a new one, with a new incarnation, itself.
@@ -34,14 +37,9 @@ def actor_options(
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": environment(num_threads)},
     }
-    if has_own_nodes(role, resources):
+    if is_pinned:
         options["resources"] = {role.value: 1}
     return options
-
-
-def has_own_nodes(role: Role, resources: Mapping[str, float]) -> bool:
-    """Whether the cluster, whose resources these are, keeps nodes for the role alone."""
-    return role.value in resources
 
 
 def environment(num_threads: int) -> dict[str, str]:

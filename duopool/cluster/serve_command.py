@@ -149,6 +149,14 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; a private one is started here if not given.")
     ] = None,
+    pin_pools: Annotated[
+        bool,
+        typer.Option(
+            "--pin-pools",
+            help="Wait for nodes with a Ray resource named after a worker's pool; else pools are pinned as soon as one "
+            "such node is there.",
+        ),
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -195,6 +203,7 @@ def serve(
             internal_host=internal_host,
             internal_port=internal_port,
             ray_address=ray_address,
+            pin_pools=pin_pools,
             num_threads=num_threads,
             num_gpus_per_worker=num_gpus_per_worker,
             smg_port=smg_port,

@@ -20,7 +20,7 @@ from duopool.cluster.admin_access import prepare
 from duopool.cluster.config import ClusterConfig
 from duopool.cluster.launch import LOOPBACK, RayCluster, available_cpus, launch
 from duopool.cluster.membership import ClusterView
-from duopool.cluster.placement import actor_options, gpu_share, has_own_nodes
+from duopool.cluster.placement import actor_options, gpu_share, has_pool_nodes
 from duopool.cluster.router_place import RouterPlace
 from duopool.cluster.supervisor import Supervisor
 from duopool.cluster.worker_process import RayWorkerProcess
@@ -53,8 +53,8 @@ class System:
         self._config = config
         self._worker_model = config.model if ray_cluster.is_local else asked_model
         self._ray = ray_cluster
-        self._resources: dict[str, float] = {}
-        """All that the cluster ever had: a pool whose last node is gone waits for one of its own kind."""
+        self._is_pinned = config.pin_pools
+        """Once true always true: a pool whose last node is gone waits for one of its own kind."""
         self._commands: queue.SimpleQueue[tuple[RouterPlace, control_pb2.ClusterCommand]] = queue.SimpleQueue()
         access = InternalAccess.load(config.internal)
         self.routers = tuple(
@@ -239,9 +239,9 @@ class System:
 
         num_threads = self._config.num_threads or available_cpus()
         num_workers = self._config.prefill + self._config.decode
-        self._resources |= ray.cluster_resources()
         num_gpus = gpu_share(self._ray.num_gpus, num_workers, self._config.num_gpus_per_worker)
-        options = actor_options(worker_id, role, self._resources, num_threads=num_threads, num_gpus=num_gpus)
+        self._is_pinned = self._is_pinned or has_pool_nodes(ray.cluster_resources())
+        options = actor_options(role, is_pinned=self._is_pinned, num_threads=num_threads, num_gpus=num_gpus)
         # A worker on another node must be reached from everywhere; its actor finds out its node's address.
         host = LOOPBACK if self._ray.is_local else NODE_ADDRESS
         worker = self._config.worker(
@@ -249,7 +249,7 @@ class System:
             role,
             host=host,
             num_threads=num_threads,
-            shares_cores=not num_gpus and not has_own_nodes(role, self._resources),
+            shares_cores=not num_gpus and not self._is_pinned,
         )
         return RayWorkerProcess(worker.model_copy(update={"model": self._worker_model}), options=options)
 

@@ -34,7 +34,7 @@ class StepLoop:
     ) -> None:
         """`flush` sends the worker's events on their way; `on_fatal` hears why the loop has ended by itself.
 
-        `niceness` holds for the steps and the threads they start, not for the rest of the process.
+        `niceness` is added to the process's own for the steps and the threads they start, not for the rest of it.
         """
         self._worker = worker
         self._flush = flush
@@ -77,7 +77,9 @@ class StepLoop:
 
     def _run(self) -> None:
         if self._niceness:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
+            # Behind what the process has already: Ray may have niced it, and only root may take that back.
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + self._niceness)
         while not self._is_stopping:
             self._awake.clear()
             try:

@@ -23,7 +23,9 @@ def pulled_blocks() -> float:
     """What the decode worker has ever read from the prefill worker."""
     with urllib.request.urlopen(f"{HTTP}/metrics", timeout=5) as answer:
         lines = answer.read().decode().splitlines()
-    (value,) = [line.split()[-1] for line in lines if "worker_pulled_blocks{" in line and "decode-0" in line]
+    (value,) = [
+        line.split()[-1] for line in lines if line.startswith("duopool:worker_pulled_blocks") and "decode-0" in line
+    ]
     return float(value)
 
 

@@ -19,8 +19,8 @@ import yaml
 
 from duopool import __version__
 from duopool.cluster import cli
-from duopool.cluster.placement import actor_options, gpu_share
-from duopool.core.types import Role, WorkerId
+from duopool.cluster.placement import actor_options, gpu_share, has_pool_nodes
+from duopool.core.types import Role
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -45,8 +45,8 @@ def test_ray_takes_the_file(cluster_file: dict[str, Any]) -> None:
 def test_a_worker_fits_the_node_type_of_its_pool_only(cluster_file: dict[str, Any], role: Role) -> None:
     types = cluster_file["available_node_types"]
     assert types[role.value]["max_workers"] > types[role.value]["min_workers"] >= 1
-    totals = {name: 8 for node in types.values() for name in node["resources"]}
-    options = actor_options(WorkerId("w"), role, totals, num_threads=4, num_gpus=0)
+    assert has_pool_nodes({name: 8 for node in types.values() for name in node["resources"]})
+    options = actor_options(role, is_pinned=True, num_threads=4, num_gpus=0)
     fitting = {
         name
         for name, node in types.items()
@@ -58,7 +58,13 @@ def test_a_worker_fits_the_node_type_of_its_pool_only(cluster_file: dict[str, An
 
 
 def test_without_node_types_workers_go_anywhere() -> None:
-    assert "resources" not in actor_options(WorkerId("w"), Role.DECODE, {"CPU": 4.0}, num_threads=1, num_gpus=0)
+    assert not has_pool_nodes({"CPU": 4.0})
+    assert "resources" not in actor_options(Role.DECODE, is_pinned=False, num_threads=1, num_gpus=0)
+
+
+def test_nodes_of_one_pool_are_not_for_the_other() -> None:
+    """Whichever pool's nodes join first."""
+    assert all(has_pool_nodes({"CPU": 4.0, role.value: 1.0}) for role in Role)
 
 
 @pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (1, 2), (1, 3), (4, 2), (8, 3)])
@@ -100,8 +106,8 @@ def test_a_worker_fits_the_pods_of_its_pool_only(manifests: dict[str, dict[str, 
         group["groupName"]: json.loads(json.loads(group["rayStartParams"]["resources"]))
         for group in manifests["RayCluster"]["spec"]["workerGroupSpecs"]
     }
-    totals = {name: 8.0 for resources in groups.values() for name in resources}
-    wanted = actor_options(WorkerId("w"), role, totals, num_threads=4, num_gpus=0)["resources"]
+    assert has_pool_nodes({name: 8.0 for resources in groups.values() for name in resources})
+    wanted = actor_options(role, is_pinned=True, num_threads=4, num_gpus=0)["resources"]
     fitting = {
         group
         for group, resources in groups.items()

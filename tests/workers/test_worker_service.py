@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from worker_fakes import (
     FakeRunner,
     FakeStore,
     expected_stream,
+    make_pair,
     worker_config,
 )
 
@@ -245,3 +247,27 @@ def test_a_failing_step_is_told_and_fatal(served: Served) -> None:
     assert nack.reason is NackReason.INTERNAL
     assert served.died.wait(20)
     assert served.fatal == [served.runner.error]
+
+
+def test_steps_stand_behind_what_ray_has_niced_already() -> None:
+    """A joined Ray nices its workers; only root could take that back, and a step thread that tried would be dead."""
+    seen: list[int] = []
+    stepped = threading.Event()
+
+    def look() -> None:
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        stepped.set()
+
+    def host() -> None:
+        own = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + 7)  # threads inherit it
+        seen.append(os.getpriority(os.PRIO_PROCESS, own))
+        steps = StepLoop(make_pair().prefill, flush=look, on_fatal=lambda _: None, niceness=4)
+        steps.start()
+        stepped.wait(20)
+        steps.stop()
+
+    thread = threading.Thread(target=host)
+    thread.start()
+    thread.join()
+    assert seen[1] == min(19, seen[0] + 4)
