@@ -58,21 +58,20 @@ DUOPOOL_TARGET void multiply_unit(const X* x, int64_t x_stride, int64_t rows, co
     const int64_t stride = (depth + 1) / 2 * CHUNK;
     if (rows <= 3 && count == UNIT)
         return WordProducts<X>::of_two[rows](x, x_stride, panels, stride, depth, sums, LINE, false);
-    // A slice of a panel stays in the first-level cache while all rows pass over it.
-    const int64_t slice = rows > MAX_ROWS ? 4096 / WIDTH : depth;
+    // Every tile of rows takes all depths at once: a panel comes from the second-level cache as fast as the multipliers
+    // want it, and sums that are put down and taken up again cost more.
     const int64_t num_tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t panel = 0; panel < count; ++panel)
-        for (int64_t k = 0; k < depth; k += slice)
-            for (int64_t tile = 0; tile < num_tiles; ++tile) {
-                const int64_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
-                WordProducts<X>::of[end - row](x + row * x_stride + k, x_stride, panels + panel * stride + k / 2 * CHUNK,
-                                               stride, depth - k < slice ? depth - k : slice,
-                                               sums + row * LINE + panel * CHUNK, LINE, k > 0);
-            }
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+            const int64_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
+            WordProducts<X>::of[end - row](x + row * x_stride, x_stride, panels + panel * stride, stride, depth,
+                                           sums + row * LINE + panel * CHUNK, LINE, false);
+        }
 }
 
 DUOPOOL_TARGET static inline void multiply_unit(const float* x, int64_t x_stride, int64_t rows, const float* panels,
                                          int64_t count, int64_t depth, float* sums) {
+    // A slice of a panel stays in the first-level cache while all rows pass over it.
     const int64_t slice = rows > MAX_ROWS ? 4096 / WIDTH : depth;
     const int64_t num_tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t panel = 0; panel < count; ++panel)
