@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import NO_TOKEN, SampledToken, SampleSpec
-from duopool.engine.candidates import Candidates, keep_candidates
+from duopool.engine.candidates import Candidates, keep_candidates, keeps_all
 from duopool.engine.grammar import GrammarMasks
 from duopool.engine.logit_rules import apply_rules, needs_rules
 from duopool.engine.sampling_noise import gumbel_noise, noise_keys
@@ -70,8 +70,16 @@ def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     # Moving the best logit to 0 first keeps a small temperature from overflowing.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures)
     keys = noise_keys([each.seed for each in params], [len(spec.output_token_ids) for spec in specs], logits.device)
-    kept = keep_candidates(scaled, params)
-    return _best_with_noise(kept, keys)
+    free = [row for row, each in enumerate(params) if keeps_all(each, scaled.shape[1])]
+    if not free:
+        return _best_with_noise(keep_candidates(scaled, params), keys)
+    everything = Candidates(scores=scaled[free], indices=torch.arange(scaled.shape[1], device=scaled.device))
+    drawn = torch.empty(len(params), dtype=torch.int64, device=scaled.device)
+    drawn[free] = _best_with_noise(everything, keys[free])
+    if limited := sorted(set(range(len(params))) - set(free)):
+        kept = keep_candidates(scaled[limited], [params[row] for row in limited])
+        drawn[limited] = _best_with_noise(kept, keys[limited])
+    return drawn
 
 
 def _best_with_noise(kept: Candidates, keys_R2: Tensor) -> Tensor:

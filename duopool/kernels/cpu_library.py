@@ -38,7 +38,8 @@ class CpuLibrary:
     calls: ctypes.CDLL
     isa: Isa
     has_crc32: bool
-    """A library that was built before there was one has all the rest."""
+    has_top_candidates: bool
+    """A library that was built before there were these has all the rest."""
     torch_has_bfloat16_tiles: bool
     """The processor has matrix tiles for bfloat16 (AMX), and torch makes use of them."""
 
@@ -86,6 +87,12 @@ def _declare(calls: ctypes.CDLL) -> None:
     calls.duopool_decoder_stack.restype = flag
     calls.duopool_copy_blocks.argtypes = [pointer, number, number, number, pointer, pointer, number, flag]
     calls.duopool_copy_blocks.restype = flag
+    if hasattr(calls, "duopool_top_candidates"):
+        calls.duopool_top_candidates.argtypes = [
+            *(flag, pointer, number, number, number, pointer, pointer, pointer),
+            *(number, pointer, pointer, pointer, pointer, flag),
+        ]
+        calls.duopool_top_candidates.restype = None
     if hasattr(calls, "duopool_crc32"):
         calls.duopool_crc32.argtypes = [pointer, number]
         calls.duopool_crc32.restype = ctypes.c_uint32
@@ -113,6 +120,7 @@ def library() -> CpuLibrary | None:
         calls=calls,
         isa=isa,
         has_crc32=hasattr(calls, "duopool_crc32"),
+        has_top_candidates=hasattr(calls, "duopool_top_candidates"),
         torch_has_bfloat16_tiles=bool(calls.duopool_has_bfloat16_tiles()),
     )
 

@@ -27,6 +27,8 @@ from duopool.kernels.linear import cpu as linear_cpu
 from duopool.kernels.linear.packed_weight import PackedWeight
 from duopool.kernels.paged_attention import cpu as attention_cpu
 from duopool.kernels.paged_attention import torch_fallback as attention_fallback
+from duopool.kernels.top_candidates import cpu as top_candidates_cpu
+from duopool.kernels.top_candidates import reference as top_candidates_reference
 from duopool.kernels.write_kv import cpu as write_kv_cpu
 from duopool.kernels.write_kv import reference as write_kv_reference
 
@@ -40,6 +42,7 @@ __all__ = [
     "pack_stack",
     "pack_weight",
     "paged_attention",
+    "top_candidates",
     "write_kv",
 ]
 
@@ -294,6 +297,23 @@ def _check_stack(
     ):
         if not all(each.dtype == wanted and each.is_contiguous() for each in tensors):
             raise ValueError(f"{name} must be contiguous {wanted}")
+
+
+def top_candidates(
+    scores_RV: Tensor, floors_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, *, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which tokens of each row may be drawn: (scores [R, K], indices [R, K], counts [R], bounds [R]).
+
+    Scores are logits over temperature with the row's largest taken off, so none is above 0; -inf is out. Kept are those
+    of at least `floors_R` (float32), of these the `top_k_R` (int64) best, of these the fewest that have `top_p_R`
+    (float64) of their probability. `bounds` is the lowest that is kept, and everything equal to it is kept too. K is at
+    most `capacity`; behind a row's candidates stand -inf and 0. A row that is not listed whole has a count above
+    `capacity`, and its bound alone is of use. A row's answer does not depend on its neighbours.
+    """
+    cpu = library() if scores_RV.is_cpu and scores_RV.dtype == torch.float32 and scores_RV.stride(1) == 1 else None
+    if cpu is None or not cpu.has_top_candidates:
+        return top_candidates_reference.top_candidates(scores_RV, floors_R, top_k_R, top_p_R, capacity)
+    return top_candidates_cpu.top_candidates(cpu, scores_RV, floors_R, top_k_R, top_p_R, capacity)
 
 
 def crc32(data: bytes | memoryview) -> int:

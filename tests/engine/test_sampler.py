@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import NO_TOKEN, SampledToken, SampleSpec
-from duopool.engine.candidates import SHORT_LIST
+from duopool.engine.candidates import MOST_LISTED
 from duopool.engine.logit_rules import apply_rules
 from duopool.engine.sampler import sample
 from duopool.engine.sampling_noise import gumbel_noise, noise_keys
@@ -158,13 +158,13 @@ def test_only_the_support_is_drawn(top_k: int, top_p: float, min_p: float, tempe
 
 def test_a_nucleus_beyond_the_short_list_is_exact() -> None:
     """Among equal rows in a batch with a narrow one, a wide nucleus is neither cut short nor widened."""
-    vocab = 3 * SHORT_LIST
+    vocab = 3 * MOST_LISTED
     logits = torch.linspace(0, -1, vocab)
     allowed = plain_support(logits, 0, 0.9, 0.0, 1.0)
-    assert len(allowed) > SHORT_LIST
+    assert len(allowed) > MOST_LISTED
     wide = draws(logits, 400, top_p=0.9, seed=3)
     assert set(wide) <= allowed
-    assert max(wide) > SHORT_LIST
+    assert max(wide) > MOST_LISTED
     narrow = [spec_of(output=[0] * i, top_p=0.9, seed=3) for i in range(400)]
     mixed = sample(logits.expand(401, -1), [*narrow, spec_of(top_k=2, seed=1)])
     assert [token.token_id for token in mixed[:400]] == wide
@@ -172,7 +172,7 @@ def test_a_nucleus_beyond_the_short_list_is_exact() -> None:
 
 
 def test_equal_logits_stay_or_go_together() -> None:
-    logits = torch.zeros(2 * SHORT_LIST)
+    logits = torch.zeros(2 * MOST_LISTED)
     assert len(set(draws(logits, 200, top_k=1, seed=1))) > 100
 
 
