@@ -9,7 +9,7 @@ import time
 import urllib.request
 
 from openai import OpenAI
-from system import BIN, HTTP, MODEL, MODEL_FOLDER
+from system import BIN, HTTP, MODEL
 
 START_TIMEOUT_S = 60.0
 
@@ -48,7 +48,7 @@ command = [
     *(BIN / "smg", "launch", "--host", "127.0.0.1", "--port", str(port), "--pd-disaggregation"),
     *("--prefill", f"grpc://{os.environ['DUOPOOL_SMG_PREFILL']}"),
     *("--decode", f"grpc://{os.environ['DUOPOOL_SMG_DECODE']}"),
-    *("--model-path", MODEL_FOLDER, "--prometheus-port", str(free_port()), "--worker-startup-check-interval", "1"),
+    *("--prometheus-port", str(free_port()), "--worker-startup-check-interval", "1"),
 ]
 gateway = subprocess.Popen([str(part) for part in command])
 try:

@@ -196,6 +196,23 @@ def test_every_flag_is_one_of_the_command(file: str) -> None:
     assert {argument for argument in arguments if argument.startswith("--")} <= known
 
 
+def test_every_flag_in_the_guides_is_one_of_a_command() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    every = [*group.commands.values()]
+    every += [one for command in every for one in getattr(command, "commands", {}).values()]
+    known = {name for command in every for parameter in command.params for name in (*parameter.opts, "--help")}
+    known |= {name for command in every for parameter in command.params for name in parameter.secondary_opts}
+    wrong = [
+        f"{file.name}: {flag}"
+        for file in (ROOT / "README.md", ROOT / "docs/security.md", *sorted((ROOT / "docs/guides").glob("*.md")))
+        for line in file.read_text().splitlines()
+        if not line.startswith(("curl ", "smg ", "pip "))
+        for flag in re.findall(r"(?<![\w/-])--[a-z][a-z0-9.-]*[a-z0-9](?![*\w-])", line)
+        if flag not in known
+    ]
+    assert wrong == []
+
+
 def test_the_image_is_built_from_what_is_there_and_named_after_the_version() -> None:
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     sources = [
