@@ -11,7 +11,7 @@ from enum import StrEnum
 
 import msgspec
 
-from duopool.core.types import BlockId, LeaseId, RequestId
+from duopool.core.types import BlockId, Count, LeaseId, RequestId, Total
 
 
 class Owner(StrEnum):
@@ -27,7 +27,7 @@ class Owner(StrEnum):
 class BlockLedger(msgspec.Struct, frozen=True, kw_only=True):
     """All blocks of one worker."""
 
-    num_blocks: int
+    num_blocks: Count
     free: tuple[BlockId, ...]
     """The free list; a block that stands in it twice was freed twice."""
     cached: tuple[BlockId, ...]
@@ -84,13 +84,13 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 class Resources(msgspec.Struct, frozen=True, kw_only=True):
     """What a process holds of the operating system and of its event loop."""
 
-    pid: int = 0
-    num_fds: int = 0
-    num_threads: int = 0
-    num_tasks: int = 0
-    num_streams: int = 0
+    pid: Count = 0
+    num_fds: Count = 0
+    num_threads: Count = 0
+    num_tasks: Count = 0
+    num_streams: Count = 0
     """Calls being served: sessions of a worker, client streams of a router."""
-    resident_bytes: int = 0
+    resident_bytes: Total = 0
 
 
 class WorkerLedger(msgspec.Struct, frozen=True, kw_only=True):

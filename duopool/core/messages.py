@@ -1,8 +1,9 @@
 """What router and workers say to each other, as values.
 
 These are the only messages on a session (router <-> worker) and on a KV source (D -> P). They travel as msgpack,
-checked against these types on arrival (`proto/codec.py`); nothing is pickled. Only durations cross the wire, never
-clock times.
+checked against these types on arrival (`proto/codec.py`); nothing is pickled. A number that cannot be (a negative
+count, a time that is no number) ends the session before anything is counted, shown or sent on. Only durations cross the
+wire, never clock times.
 Every message of a request carries its attempt: the fence of docs/architecture.md.
 """
 
@@ -14,7 +15,19 @@ import msgspec
 
 from duopool.core.ledger import WorkerLedger
 from duopool.core.sampling_params import SamplingParams
-from duopool.core.types import BlockId, BlockKey, FinishReason, Incarnation, LeaseId, RequestId, TokenLogprob, WorkerId
+from duopool.core.types import (
+    BlockId,
+    BlockKey,
+    Count,
+    FinishReason,
+    Incarnation,
+    LeaseId,
+    RequestId,
+    Seconds,
+    TokenLogprob,
+    Total,
+    WorkerId,
+)
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -147,11 +160,11 @@ class BlocksReady(Message, frozen=True, kw_only=True):
     """Index in the request's block table of `blocks[0]`."""
     blocks: tuple[SealedBlock, ...]
     first_token: Tokens | None = None
-    output: tuple[int, ...] = ()
+    output: tuple[Count, ...] = ()
     """With the last one of a migration, from the router: tokens before `first_token` that `Reserve` did not know."""
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    num_cached_tokens: int = 0
+    queue_s: Seconds = 0.0
+    prefill_s: Seconds = 0.0
+    num_cached_tokens: Count = 0
 
 
 class Copied(Message, frozen=True, kw_only=True):
@@ -159,7 +172,7 @@ class Copied(Message, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: int
-    num_blocks: int
+    num_blocks: Count
     """Leading blocks of the request that are there."""
 
 
@@ -171,7 +184,7 @@ class Accepted(Message, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: int
-    num_cached_tokens: int
+    num_cached_tokens: Count
 
 
 class Reserved(Message, frozen=True, kw_only=True):
@@ -182,7 +195,7 @@ class Reserved(Message, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: int
-    num_cached_tokens: int
+    num_cached_tokens: Count
 
 
 class Joined(Message, frozen=True, kw_only=True):
@@ -190,9 +203,9 @@ class Joined(Message, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: int
-    num_pulled_blocks: int
-    num_pulled_bytes: int
-    transfer_s: float
+    num_pulled_blocks: Count
+    num_pulled_bytes: Total
+    transfer_s: Seconds
     """Time in which at least one read of this request was under way."""
 
 
@@ -201,10 +214,10 @@ class Tokens(Message, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: int
-    index: int
-    token_ids: tuple[int, ...]
+    index: Count
+    token_ids: tuple[Count, ...]
     finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
+    stop_token_id: Count | None = None
     """The stop token that ended the request, if one did."""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -236,7 +249,7 @@ class Nack(Message, frozen=True, kw_only=True):
     attempt: int
     reason: NackReason
     detail: str = ""
-    retry_after_s: float = 0.0
+    retry_after_s: Seconds = 0.0
 
 
 class KvStoredSegment(msgspec.Struct, frozen=True, array_like=True):
@@ -265,25 +278,25 @@ class KvSnapshot(Message, frozen=True, kw_only=True):
 class WorkerLoad(Message, frozen=True, kw_only=True):
     """How busy a worker is; sent with every step and every heartbeat."""
 
-    num_waiting: int = 0
-    num_running: int = 0
-    num_pending_tokens: int = 0
+    num_waiting: Count = 0
+    num_running: Count = 0
+    num_pending_tokens: Total = 0
     """Tokens still to be prefilled, over waiting and running requests."""
-    num_blocks: int = 0
-    num_free_blocks: int = 0
-    num_cached_blocks: int = 0
-    num_steps: int = 0
+    num_blocks: Count = 0
+    num_free_blocks: Count = 0
+    num_cached_blocks: Count = 0
+    num_steps: Total = 0
     """Steps run since the worker started."""
-    num_ticks: int = 0
+    num_ticks: Total = 0
     """Rounds of the thread that steps, idle ones too: the stall watchdog looks at this. A worker that has no room for
     what waits lives on; one whose step hangs does not."""
-    num_computed_tokens: int = 0
+    num_computed_tokens: Total = 0
     """Tokens whose KV was computed here, ever."""
-    num_pulled_blocks: int = 0
+    num_pulled_blocks: Total = 0
     """Blocks pulled from other workers, ever."""
-    num_preemptions: int = 0
-    num_leases: int = 0
-    step_s: float = 0.0
+    num_preemptions: Total = 0
+    num_leases: Count = 0
+    step_s: Seconds = 0.0
     """Duration of the last step."""
 
 

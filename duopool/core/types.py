@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NewType
+from typing import Annotated, NewType
+
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+"""A number of things, or an index among them, as it may come over the wire."""
+
+Total = Annotated[int, Meta(ge=0, le=1 << 53)]
+"""The same over a worker's whole life, or in bytes."""
+
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 
 BlockId = NewType("BlockId", int)
 """Index of a page in one worker's KV store."""
@@ -46,11 +56,11 @@ class FinishReason(StrEnum):
 class TokenLogprob:
     """Log-probability of a token that was emitted, with the most likely alternatives."""
 
-    token_id: int
+    token_id: Count
     logprob: float
-    rank: int
+    rank: Count
     """1 for the most likely token."""
-    top: tuple[tuple[int, float], ...] = ()
+    top: tuple[tuple[Count, float], ...] = ()
     """(token id, log-probability), most likely first."""
 
 

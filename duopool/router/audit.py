@@ -75,6 +75,9 @@ class Auditor:
             answer = await self._ask(member)
         except TimeoutError:
             return [Finding(info.worker_id, "audit", f"is not answered within {self._timeout_s:.0f} s")], None
+        num_blocks = answer.ledger.blocks.num_blocks
+        if num_blocks != info.num_blocks:
+            return [Finding(info.worker_id, "ledger", f"is of {num_blocks} blocks, not {info.num_blocks}")], None
         findings = audit_worker(info.worker_id, answer.ledger, orphan_limit_s=self._orphan_limit_s)
         findings += audit_requests(member, answer.ledger, before, answer.after)
         return [*findings, *(audit_rest(info.worker_id, answer.ledger) if at_rest else ())], answer.ledger

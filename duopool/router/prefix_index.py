@@ -150,7 +150,10 @@ class PrefixIndex:
         return True
 
     def _store(self, news: _News, keys: Sequence[BlockKey], parent: BlockKey | None) -> None:
-        self._tree.insert(keys, [0] * len(keys), parent=parent)
+        try:
+            self._tree.insert(keys, [0] * len(keys), parent=parent)
+        except ValueError:
+            return  # one of two workers is wrong about where these lie; as a hint they are worth nothing
         for key in keys:
             self._tree.replace(key, (self._tree.get(key) or 0) | news.bit)
         news.keys.update(keys)

@@ -2,28 +2,39 @@
 
 Exit status 0 if no process ended, no call took longer than `--hang-s`, none was answered INTERNAL or UNKNOWN, the
 neighbours' streams stayed the same token for token, and audits and the workers' own checks found nothing in the end.
+Then workers lie to a router, and KV sources to readers (`liars.py`, `lying_source.py`), in a twentieth of the cases.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import secrets
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 
 from duopool.client import CallFailed, Client
+from duopool.engine.transfer.factory import available_transports
 from duopool.proto import inference_pb2 as pb
+from duopool.proto.internal_access import CREDENTIAL_VARIABLE
 
 from .cases import Cases, Outcome
+from .liars import Lies, lie_to_router
+from .lying_source import lie_to_reader
 from .target import Target
 from .tiny import make_tiny_model
 
 NUM_THREADS = 6
+LIES_SHARE = 80
+"""One of so many cases goes to each of the four kinds of liars."""
 MAX_SHOWN = 12
 STREAM_TIMEOUT_S = 60.0
 WRONG = ("INTERNAL", "UNKNOWN")
@@ -135,8 +146,25 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="duopool-fuzz-") as folder:
         report = fuzz(given.cases, given.seed, hang_s=given.hang_s, model=make_tiny_model(Path(folder) / "tiny"))
-    print(f"{report}\nseed {given.seed}, {time.monotonic() - began:.0f} s")
-    return 0 if report.is_good else 1
+    print(f"{report}\nseed {given.seed}, {time.monotonic() - began:.0f} s", flush=True)
+    lies = list(lie(given.cases // LIES_SHARE, given.seed))
+    return 0 if report.is_good and all(told.is_good for told in lies) else 1
+
+
+def lie(num_cases: int, seed: int) -> Iterator[Lies]:
+    """Requests beside liars, requests that liars get, reads from a source that lies: as many of each."""
+    os.environ.setdefault(CREDENTIAL_VARIABLE, secrets.token_urlsafe(32))
+    parts: dict[str, Callable[[], Lies]] = {
+        "workers that lie about others' requests": partial(lie_to_router, num_cases, seed, serves=False),
+        "workers that lie about their own": partial(lie_to_router, num_cases, seed, serves=True),
+    }
+    for transport in available_transports():
+        parts[f"KV sources, {transport}"] = partial(lie_to_reader, num_cases, seed, transport=transport)
+    for name, part in parts.items():
+        began = time.monotonic()
+        told = part()
+        print(f"{name}: {told}\n{time.monotonic() - began:.0f} s", flush=True)
+        yield told
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ class FakeWorker:
     async def start(self) -> None:
         self._server = grpc.aio.server()
         handler = grpc.stream_stream_rpc_method_handler(
-            self._session, request_deserializer=codec.decode_commands, response_serializer=codec.encode
+            self._session, request_deserializer=codec.decode_commands, response_serializer=self.encode
         )
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(codec.WORKER_SERVICE, {"Session": handler}),)
@@ -169,6 +169,9 @@ class FakeWorker:
         if self._server is not None:
             await self._server.stop(0)
             self._server = None
+
+    def encode(self, report: StepReport) -> bytes:
+        return codec.encode(report)
 
     def say(self, event: Event) -> None:
         if (self.mute or self.stalled) and not isinstance(event, WorkerLoad | KvSnapshot | LedgerReport):

@@ -127,3 +127,23 @@ def test_news_that_does_not_fit_asks_for_a_snapshot() -> None:
     first, second = keys_of([1, 2])
     assert index.apply(who, KvChanged(sequence=1, stored=(KvStoredSegment(parent=first, keys=(second,)),)))
     index.check()
+
+
+def test_a_worker_that_is_wrong_about_a_block_silences_nobody_else() -> None:
+    """One says that `b` lies at the root, where others have it behind `a`."""
+    index = PrefixIndex()
+    wrong, right = MEMBERS[:2]
+    a, b, c = (BlockKey(bytes([n]) * 16) for n in range(3))
+    for who in (wrong, right):
+        index.add(who)
+        index.apply(who, KvSnapshot(sequence=0, paths=()))
+    index.apply(wrong, KvChanged(sequence=1, stored=(KvStoredSegment(None, (b,)),)))
+    assert not index.apply(
+        right, KvChanged(sequence=1, stored=(KvStoredSegment(None, (a, b)), KvStoredSegment(None, (c,))))
+    )
+    index.check()
+    assert index.num_hits([c])[right] == 1
+    index.drop(wrong)
+    index.apply(right, KvSnapshot(sequence=2, paths=((a, b), (c,))))
+    index.check()
+    assert index.num_hits([a, b])[right] == 2

@@ -190,6 +190,8 @@ def _heard(state: RequestState, member: Member, message: WorkerMessage) -> Step:
             return replace(state, phase=Phase.DECODING), ()
         case Tokens(index=index) if index > len(state.output):
             return _missed(state, f"tokens before index {index} never came")
+        case Tokens(token_ids=token_ids) if len(state.output) + len(token_ids) > state.request.params.max_tokens:
+            return _missed(state, "more tokens came than were asked for")
         case Tokens():
             return _tokens(replace(state, phase=Phase.DECODING, missing=frozenset(), dead=frozenset()), message)
         case Nack():

@@ -35,6 +35,10 @@ LONGEST_SLEEP_S = 1e-3
 MAX_FAILURES = 2
 """After so many broken reads in a row a peer's pages go over gRPC: its memory may be out of reach for good."""
 
+MAX_SOURCE_BLOCKS = 1 << 22
+"""Room for a descriptor of every one of them is made before a source is read."""
+MAX_ADDRESS = 1 << 63
+
 PeerId = tuple[WorkerId, Incarnation]
 
 
@@ -200,6 +204,11 @@ class NixlReader:
             return f"{peer_id[0]} is incarnation {description.incarnation:016x} now, not {peer_id[1]:016x}"
         if (description.layout_digest, description.page_bytes) != (self._store.digest, self._store.page_bytes):
             return f"pages of layout {description.layout_digest}, wanted {self._store.digest}"
+        num_blocks, begin = description.num_blocks, description.base_address
+        if not (
+            0 < num_blocks <= MAX_SOURCE_BLOCKS and 0 <= begin <= MAX_ADDRESS - num_blocks * self._store.page_bytes
+        ):
+            return f"{num_blocks} pages at {begin:#x} cannot be"
         return ""
 
     def _begin_with(self, peer: _Peer, read: _Read) -> None:
