@@ -13,6 +13,8 @@ Everything here ends when the host does: its sockets are closed then, however it
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import logging
 import os
 import signal
@@ -78,10 +80,18 @@ def _check(config: WorkerConfig) -> tuple[CheckedModel | None, Answer]:
         model = CheckedModel.load(config.model, config.cache, progress=log.info)
         if model.masks is not None:
             model.masks.wait()
+        _give_back_memory()
         return model, Answer()
     except Exception as error:
         log.exception("the model cannot be served")
         return None, _failure(error)
+
+
+def _give_back_memory() -> None:
+    """What loading took and freed: every worker that is forked would count it as its own."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _receive_socket(host: socket.socket) -> socket.socket | None:

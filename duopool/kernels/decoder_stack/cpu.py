@@ -98,7 +98,7 @@ _PROBLEMS = {
 
 
 class PackedStack:
-    """A decoder's weights as the kernel reads them. The originals may be freed, but for the embedding."""
+    """A decoder's weights as the kernel reads them: copies, so that the originals and the file they lie in may go."""
 
     def __init__(self, cpu: CpuLibrary, weights: StackWeights, bits: int | None = None) -> None:
         """`bits`: round the products to 8 or 4 bits. Raises ValueError for weights that the kernel does not take."""
@@ -114,7 +114,7 @@ class PackedStack:
             layers,
             # The last product decides between tokens that are close: it keeps 8 bits.
             self._matrix(weights.head, 8 if bits else 0),
-            self._keep(weights.embedding.detach().contiguous()),
+            self._keep(weights.embedding.detach().clone(memory_format=torch.contiguous_format)),
             self._float(weights.final_norm),
             self._float(weights.cos_PD),
             self._float(weights.sin_PD),
@@ -172,7 +172,7 @@ class PackedStack:
         return panels
 
     def _float(self, tensor: Tensor) -> int:
-        return self._keep(tensor.detach().float().contiguous())
+        return self._keep(tensor.detach().to(torch.float32, copy=True).contiguous())
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
