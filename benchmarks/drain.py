@@ -22,6 +22,7 @@ from moving_streams import Round, make_round, requests_of, scale_decode
 
 from duopool.cluster.config import ClusterConfig
 from duopool.cluster.machine import describe_machine
+from duopool.cluster.measure import percentile
 from duopool.cluster.system import System
 from duopool.core.config import HandoffConfig, ModelConfig
 
@@ -76,19 +77,13 @@ def summarise(rounds: Sequence[Round], num_wrong: int) -> dict[str, float]:
         "lost or changed": num_wrong,
         "moved": len(pauses),
         "prompt tokens computed twice": sum(one.num_computed_prompts for one in rounds),
-        "pause p50, steps": round(percentile(pauses, 0.5), 2),
-        "pause p99, steps": round(percentile(pauses, 0.99), 2),
+        "pause p50, steps": round(percentile(pauses, 50), 2),
+        "pause p99, steps": round(percentile(pauses, 99), 2),
         "longest pause, steps": round(max(pauses, default=0.0), 2),
-        "the same before the drain p50, steps": round(percentile(noise, 0.5), 2),
-        "the same before the drain p99, steps": round(percentile(noise, 0.99), 2),
+        "the same before the drain p50, steps": round(percentile(noise, 50), 2),
+        "the same before the drain p99, steps": round(percentile(noise, 99), 2),
         "step p50, ms": round(1e3 * statistics.median([move.step_s for one in rounds for move in one.moves] or [0]), 1),
     }
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of all do not exceed; 0 without values."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 if __name__ == "__main__":
