@@ -8,6 +8,7 @@ function of a row's logits and its SampleSpec: no state, no generator.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,11 +19,17 @@ from duopool.core.step import NO_TOKEN, SampledToken, SampleSpec
 from duopool.engine.candidates import Candidates, keep_candidates, keeps_all
 from duopool.engine.grammar import GrammarMasks
 from duopool.engine.logit_rules import apply_rules, needs_rules
-from duopool.engine.sampling_noise import gumbel_noise, noise_keys
+from duopool.engine.sampling_noise import gumbel_noise, louder_than, noise_keys
 from duopool.engine.token_logprobs import token_logprobs
+from duopool.kernels import ops
 
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: dividing by them would overflow."""
+LIKELY = SamplingParams(min_p=math.exp(-9.0))
+"""Tokens that get their noise at once when nothing else limits the choice."""
+MOST_LOUD = 512
+ROUNDING = 1e-3
+"""More than float32 can be off by in a score with noise."""
 NOISE_AT_ONCE = 1 << 18
 """Elements hashed in one go, so that the scratch stays in the processor's cache."""
 
@@ -73,13 +80,38 @@ def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     free = [row for row, each in enumerate(params) if keeps_all(each, scaled.shape[1])]
     if not free:
         return _best_with_noise(keep_candidates(scaled, params), keys)
-    everything = Candidates(scores=scaled[free], indices=torch.arange(scaled.shape[1], device=scaled.device))
     drawn = torch.empty(len(params), dtype=torch.int64, device=scaled.device)
-    drawn[free] = _best_with_noise(everything, keys[free])
+    drawn[free] = _draw_of_all(scaled[free], keys[free])
     if limited := sorted(set(range(len(params))) - set(free)):
         kept = keep_candidates(scaled[limited], [params[row] for row in limited])
         drawn[limited] = _best_with_noise(kept, keys[limited])
     return drawn
+
+
+def _draw_of_all(scaled_RV: Tensor, keys_R2: Tensor) -> Tensor:
+    """The winner among all tokens. Where there is a kernel, most of them get no noise because they cannot win.
+
+    The best of the likely tokens is found first; an unlikely one beats it only with noise so loud that few have it.
+    """
+    rows, vocab_size = scaled_RV.shape
+    likely = keep_candidates(scaled_RV, [LIKELY] * rows)
+    if likely.indices.dim() == 2:
+        best, token_ids = _best_score_with_noise(likely, keys_R2)
+        limits = louder_than(best.double() - math.log(LIKELY.min_p) - ROUNDING)
+        found = ops.loud_indices(keys_R2, limits, size=vocab_size, capacity=MOST_LOUD)
+        if found is not None and int(found[1].max()) <= MOST_LOUD:
+            # What is not filled is token 0, which is as good a candidate as any.
+            loud = Candidates(scores=scaled_RV.gather(1, found[0]), indices=found[0])
+            best_of_loud, loud_ids = _best_score_with_noise(loud, keys_R2)
+            return token_ids.where(best >= best_of_loud, loud_ids)
+    everything = torch.arange(vocab_size, device=scaled_RV.device)
+    return _best_with_noise(Candidates(scores=scaled_RV, indices=everything), keys_R2)
+
+
+def _best_score_with_noise(kept: Candidates, keys_R2: Tensor) -> tuple[Tensor, Tensor]:
+    """(score with noise, token id) of the best of few candidates [R, K]."""
+    best, winner = (kept.scores + gumbel_noise(keys_R2, kept.indices)).max(dim=-1, keepdim=True)
+    return best.squeeze(1), kept.indices.gather(1, winner).squeeze(1)
 
 
 def _best_with_noise(kept: Candidates, keys_R2: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class CpuLibrary:
     calls: ctypes.CDLL
     isa: Isa
     has_crc32: bool
-    has_top_candidates: bool
+    has_sampling: bool
     """A library that was built before there were these has all the rest."""
     torch_has_bfloat16_tiles: bool
     """The processor has matrix tiles for bfloat16 (AMX), and torch makes use of them."""
@@ -87,7 +87,12 @@ def _declare(calls: ctypes.CDLL) -> None:
     calls.duopool_decoder_stack.restype = flag
     calls.duopool_copy_blocks.argtypes = [pointer, number, number, number, pointer, pointer, number, flag]
     calls.duopool_copy_blocks.restype = flag
-    if hasattr(calls, "duopool_top_candidates"):
+    if hasattr(calls, "duopool_loud_indices"):
+        calls.duopool_loud_indices.argtypes = [
+            *(flag, pointer, number, number, pointer),
+            *(number, pointer, pointer, flag),
+        ]
+        calls.duopool_loud_indices.restype = None
         calls.duopool_top_candidates.argtypes = [
             *(flag, pointer, number, number, number, pointer, pointer, pointer),
             *(number, pointer, pointer, pointer, pointer, flag),
@@ -120,7 +125,7 @@ def library() -> CpuLibrary | None:
         calls=calls,
         isa=isa,
         has_crc32=hasattr(calls, "duopool_crc32"),
-        has_top_candidates=hasattr(calls, "duopool_top_candidates"),
+        has_sampling=hasattr(calls, "duopool_loud_indices"),
         torch_has_bfloat16_tiles=bool(calls.duopool_has_bfloat16_tiles()),
     )
 

@@ -25,6 +25,7 @@ from duopool.kernels.decoder_stack.cpu import PackedStack
 from duopool.kernels.decoder_stack.weights import StackWeights
 from duopool.kernels.linear import cpu as linear_cpu
 from duopool.kernels.linear.packed_weight import PackedWeight
+from duopool.kernels.loud_indices import cpu as loud_cpu
 from duopool.kernels.paged_attention import cpu as attention_cpu
 from duopool.kernels.paged_attention import torch_fallback as attention_fallback
 from duopool.kernels.top_candidates import cpu as top_candidates_cpu
@@ -39,6 +40,7 @@ __all__ = [
     "decoder_stack",
     "linear",
     "linear_is_worthwhile",
+    "loud_indices",
     "pack_stack",
     "pack_weight",
     "paged_attention",
@@ -311,9 +313,21 @@ def top_candidates(
     `capacity`, and its bound alone is of use. A row's answer does not depend on its neighbours.
     """
     cpu = library() if scores_RV.is_cpu and scores_RV.dtype == torch.float32 and scores_RV.stride(1) == 1 else None
-    if cpu is None or not cpu.has_top_candidates:
+    if cpu is None or not cpu.has_sampling:
         return top_candidates_reference.top_candidates(scores_RV, floors_R, top_k_R, top_p_R, capacity)
     return top_candidates_cpu.top_candidates(cpu, scores_RV, floors_R, top_k_R, top_p_R, capacity)
+
+
+def loud_indices(keys_R2: Tensor, limits_R: Tensor, *, size: int, capacity: int) -> tuple[Tensor, Tensor] | None:
+    """Tokens below `size` whose 31 bits of noise are below a limit: (indices [R, capacity], counts [R]), int64.
+
+    Noise is that of `engine/sampling_noise.py` under `keys_R2` (int32); the smaller its bits, the louder. Behind a
+    row's indices stand zeros; a count above `capacity` means that some are missing. None where there is no kernel.
+    """
+    cpu = library() if keys_R2.is_cpu else None
+    if cpu is None or not cpu.has_sampling:
+        return None
+    return loud_cpu.loud_indices(cpu, keys_R2.contiguous(), limits_R, size=size, capacity=capacity)
 
 
 def crc32(data: bytes | memoryview) -> int:

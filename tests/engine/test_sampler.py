@@ -123,6 +123,20 @@ def test_draws_over_seeds_follow_the_softmax() -> None:
     assert float(((observed - expected) ** 2 / expected).sum()) < 16.3
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.2, 1.0, 3.0, 8.0])
+def test_the_best_of_all_is_found_without_giving_all_of_them_noise(spread: float) -> None:
+    """Among flat and peaked rows, over more tokens than are ever listed."""
+    vocab, rows = 3 * MOST_LISTED, 64
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(5)) * spread
+    logits[:, ::3] = -math.inf
+    specs = [spec_of(seed=row, output=[0] * row, temperature=0.7) for row in range(rows)]
+    keys = noise_keys(range(rows), range(rows), torch.device("cpu"))
+    scores = (logits - logits.amax(dim=1, keepdim=True)) / 0.7 + gumbel_noise(keys, torch.arange(vocab))
+    assert [token.token_id for token in sample(logits, specs)] == scores.argmax(dim=1).tolist()
+    for row in (0, rows - 1):
+        assert sample(logits[row : row + 1], specs[row : row + 1])[0].token_id == int(scores[row].argmax())
+
+
 def plain_support(logits_V: torch.Tensor, top_k: int, top_p: float, min_p: float, temperature: float) -> set[int]:
     """min-p, top-k, top-p in this order, one token after the other."""
     probabilities = (logits_V.double() / temperature).softmax(0)
