@@ -30,7 +30,7 @@ def plan_of(batch: int, context: int, new_tokens: int, block_size: int, params: 
                 token_ids=[(31 * i + row) % 1000 for i in range(new_tokens)],
                 start=context,
                 block_ids=[BlockId(row * per_request + i) for i in range(per_request)],
-                sample=SampleSpec(params=params, prompt_token_ids=[1], output_token_ids=[]),
+                samples=(SampleSpec(params=params, prompt_token_ids=[1], output_token_ids=[]),),
             )
             for row in range(batch)
         )

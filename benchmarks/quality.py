@@ -62,10 +62,10 @@ def generate(runner: ModelRunner, prompts: Sequence[list[int]]) -> list[list[int
                     token_ids=prompt if step == 0 else outputs[row][-1:],
                     start=0 if step == 0 else len(prompt) + step - 1,
                     block_ids=[BlockId(row * per_request + i) for i in range(per_request)],
-                    sample=spec,
+                    samples=(spec,),
                 )
             )
-        for request, token in runner.execute(StepPlan(chunks=tuple(chunks))).tokens.items():
+        for request, (token,) in runner.execute(StepPlan(chunks=tuple(chunks))).tokens.items():
             outputs[int(request)].append(token.token_id)
     return outputs
 

@@ -8,6 +8,7 @@ so the caller sees every token once and in order.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -73,19 +74,34 @@ def generate_request(
     request_id: str = "",
     cache_salt: bytes = b"",
     resume_from: Sequence[int] | None = None,
+    resume_choices: Sequence[Sequence[int]] | None = None,
+    priority: int = 0,
+    json_schema: Mapping[str, Any] | str | None = None,
+    json_object: bool = False,
+    regex: str | None = None,
+    grammar: str | None = None,
     **sampling: Any,
 ) -> pb.GenerateRequest:
     """A request from plain values: exactly one of `prompt`, `messages` (role and content) and `token_ids`.
 
-    `resume_from` are tokens that an earlier stream of the same request (and seed) gave: this one goes on behind them.
+    `resume_from` are tokens that an earlier stream of the same request (and seed) gave: this one goes on behind them;
+    with `n` above 1 `resume_choices` are those of every choice. Lower values of `priority` go first. At most one of
+    `json_schema` (a schema, or its text), `json_object`, `regex` and `grammar` (Lark) says what outputs must look like.
     `sampling` takes the fields of `SamplingParams` in the .proto file; None leaves a field out. Raises ValueError.
     """
     if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
         raise ValueError("give exactly one of prompt, messages and token_ids")
     params = pb.SamplingParams(**{name: value for name, value in sampling.items() if value is not None})
-    request = pb.GenerateRequest(model=model, request_id=request_id, cache_salt=cache_salt, sampling=params)
+    request = pb.GenerateRequest(
+        model=model, request_id=request_id, cache_salt=cache_salt, sampling=params, priority=priority
+    )
+    guide = _guide(json_schema, json_object, regex, grammar)
+    if guide is not None:
+        request.guide.CopyFrom(guide)
     if resume_from:
         request.resume_from.CopyFrom(pb.TokenIds(ids=resume_from))
+    if resume_choices:
+        request.resume_choices.extend(pb.TokenIds(ids=token_ids) for token_ids in resume_choices)
     if messages is not None:
         request.chat.CopyFrom(_chat(messages))
     elif token_ids is not None:
@@ -221,21 +237,34 @@ class _Stream:
 
     def __init__(self, request: pb.GenerateRequest, timeout_s: float | None) -> None:
         self.num_attempts = 0
-        self.is_finished = False
-        """The caller has had the last event: whatever breaks now does not matter."""
         self._num_idle_attempts = 0
         """Attempts since the last token."""
         self._request = request
-        self._token_ids: list[int] = list(request.resume_from.ids)
+        num_choices = request.sampling.n if request.sampling.HasField("n") else 1
+        given = request.resume_choices or [request.resume_from]
+        self._outputs = {
+            choice: list(given[choice].ids) if choice < len(given) else [] for choice in range(num_choices)
+        }
+        """Token ids so far, by choice."""
+        self._finished: set[int] = set()
         self._started = False
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._can_resume = not request.sampling.HasField("n") or request.sampling.n == 1
+
+    @property
+    def is_finished(self) -> bool:
+        """The caller has had the last event of every choice: whatever breaks now does not matter."""
+        return len(self._finished) == len(self._outputs)
 
     def next_request(self) -> pb.GenerateRequest:
         self.num_attempts += 1
         self._num_idle_attempts += 1
-        if self._token_ids:
-            self._request.resume_from.CopyFrom(pb.TokenIds(ids=self._token_ids))
+        outputs = [pb.TokenIds(ids=token_ids) for token_ids in self._outputs.values()]
+        if any(output.ids for output in outputs):
+            if len(outputs) == 1:
+                self._request.resume_from.CopyFrom(outputs[0])
+            else:
+                del self._request.resume_choices[:]
+                self._request.resume_choices.extend(outputs)
         return self._request
 
     def time_left_s(self) -> float | None:
@@ -251,17 +280,17 @@ class _Stream:
                     yield response.started
             case "tokens":
                 self._num_idle_attempts = 1
-                self._token_ids += response.tokens.token_ids
+                self._outputs[response.tokens.choice] += response.tokens.token_ids
                 yield response.tokens
             case "finished":
-                self.is_finished = True
-                yield response.finished
+                if response.finished.choice not in self._finished:
+                    self._finished.add(response.finished.choice)
+                    yield response.finished
 
     def backoff_s(self, error: grpc.RpcError) -> float:
         """How long to wait before the next attempt; raises what the caller must see if there is none."""
         failure = failure_of(error)
-        may_go_on = self._can_resume or not self._started
-        if not isinstance(failure, ServerUnavailable) or not may_go_on or self._num_idle_attempts > MAX_RESUMES:
+        if not isinstance(failure, ServerUnavailable) or self._num_idle_attempts > MAX_RESUMES:
             raise failure from error
         return min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (self._num_idle_attempts - 1))
 
@@ -270,6 +299,18 @@ def failure_of(error: grpc.RpcError) -> CallFailed:
     """The readable form of what gRPC raised."""
     status = read_status(error)
     return _FAILURES.get(status.code, CallFailed)(status)
+
+
+def _guide(
+    json_schema: Mapping[str, Any] | str | None, json_object: bool, regex: str | None, grammar: str | None
+) -> pb.Guide | None:
+    if isinstance(json_schema, Mapping):
+        json_schema = json.dumps(json_schema)
+    given = {"json_schema": json_schema, "json_object": json_object or None, "regex": regex, "grammar": grammar}
+    wanted = {kind: value for kind, value in given.items() if value is not None}
+    if len(wanted) > 1:
+        raise ValueError(f"give at most one of {', '.join(given)}")
+    return pb.Guide(**wanted) if wanted else None  # type: ignore[arg-type]
 
 
 def _chat(messages: Sequence[Mapping[str, str]]) -> pb.ChatMessages:

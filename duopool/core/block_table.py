@@ -43,6 +43,3 @@ class BlockTable:
 
     def extend(self, block_ids: Iterable[BlockId]) -> None:
         self.block_ids.extend(block_ids)
-
-    def copy(self) -> BlockTable:
-        return BlockTable(self.block_size, self.block_ids)

@@ -179,12 +179,14 @@ class KVCacheManager:
         return self._sequence(request_id).chain.num_tokens
 
     def fork(self, parent: RequestId, child: RequestId) -> None:
-        """Open a table for `child` that shares every block of `parent`, with the same tokens so far."""
+        """Open a table for `child` with the same tokens as `parent`, which shares every block that they lie in."""
         sequence = self._sequence(parent)
         if child in self._sequences:
             raise AlreadyAdmitted(child)
-        self._retain(sequence.table.block_ids)
-        self._sequences[child] = _Sequence(sequence.chain.copy(), sequence.table.copy(), sequence.num_published)
+        shared = sequence.table.block_ids[: self.blocks_for(sequence.chain.num_tokens)]
+        self._retain(shared)
+        table = BlockTable(self.block_size, shared)
+        self._sequences[child] = _Sequence(sequence.chain.copy(), table, sequence.num_published)
         self._sequences[child].is_wrong = sequence.is_wrong
 
     def prepare_write(self, request_id: RequestId, start: int, end: int) -> list[BlockCopy]:

@@ -9,6 +9,7 @@ Every message of a request carries its attempt: the fence of docs/architecture.m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 
 import msgspec
@@ -34,6 +35,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Base of all messages; the class name is the tag on the wire."""
 
 
+class Choice(msgspec.Struct, frozen=True, array_like=True):
+    """One of several outputs of one prompt."""
+
+    request_id: RequestId
+    seed: int
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request as workers see it: a pure function of these fields gives its tokens."""
 
@@ -44,6 +52,26 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     cache_salt: bytes = b""
     """Tenant's salt: only requests with the same salt share cached blocks."""
+    priority: int = 0
+    """Lower values go first wherever requests wait, and are preempted last."""
+    choices: tuple[Choice, ...] = ()
+    """Set for a carrier: it brings the prompt of all these outputs to a decode worker, and has none of its own."""
+
+    @property
+    def outputs(self) -> tuple[GenerationRequest, ...]:
+        """The requests that tokens are sampled for: this one, or those that it carries."""
+        if not self.choices:
+            return (self,)
+        return tuple(
+            msgspec.structs.replace(
+                self, request_id=choice.request_id, params=replace(self.params, seed=choice.seed), choices=()
+            )
+            for choice in self.choices
+        )
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.choices) or 1
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -162,6 +190,8 @@ class BlocksReady(Message, frozen=True, kw_only=True):
     first_token: Tokens | None = None
     output: tuple[Count, ...] = ()
     """With the last one of a migration, from the router: tokens before `first_token` that `Reserve` did not know."""
+    first_tokens: tuple[Tokens, ...] = ()
+    """With the last one of a carrier, whose own `first_token` is empty: that of every choice."""
     queue_s: Seconds = 0.0
     prefill_s: Seconds = 0.0
     num_cached_tokens: Count = 0

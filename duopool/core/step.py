@@ -1,7 +1,7 @@
 """One step of a worker as a value: a step gives each request a number of tokens.
 
 Prefill chunks, decode and recompute after preemption are the same thing here: a run of tokens whose KV is to be
-written, and maybe one new token to be sampled behind it. Schedulers make a `StepPlan`, a `Runner` turns it into a
+written, and maybe a new token to be sampled behind it. Schedulers make a `StepPlan`, a `Runner` turns it into a
 `StepResult`, the scheduler commits it.
 """
 
@@ -36,8 +36,8 @@ class Chunk:
     """Position of `token_ids[0]` in the sequence; KV of all earlier positions is already in the blocks."""
     block_ids: Sequence[BlockId]
     """The request's block table; it covers at least `start + len(token_ids)` tokens."""
-    sample: SampleSpec | None = None
-    """Set when the logits behind the last token are to give a new token."""
+    samples: tuple[SampleSpec, ...] = ()
+    """What the logits behind the last token are to give: nothing, a new token, or one for each choice of a carrier."""
     prompt_logprobs: int | None = None
     """Number of alternatives wanted for each prompt token that this chunk's logits predict."""
     next_token_id: int | None = None
@@ -77,9 +77,9 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step gave: a token for each chunk with `sample`, prompt log-probabilities where asked."""
+    """What a step gave: tokens for each chunk with `samples`, prompt log-probabilities where asked."""
 
-    tokens: Mapping[RequestId, SampledToken] = field(default_factory=dict)
+    tokens: Mapping[RequestId, tuple[SampledToken, ...]] = field(default_factory=dict)
     prompt_logprobs: Mapping[RequestId, tuple[TokenLogprob, ...]] = field(default_factory=dict)
 
 

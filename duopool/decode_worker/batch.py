@@ -5,12 +5,14 @@ Owns what is counted of steps. What a step computes is the scheduler's to decide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from duopool.core.kv_manager import KVCacheManager
-from duopool.core.messages import NackReason
+from duopool.core.messages import NackReason, Tokens
 from duopool.core.step import NO_TOKEN, NOT_NUMBERS, Chunk, SampledToken, StepPlan, StepResult
 from duopool.decode_worker.decode_request import DecodePhase, DecodeRequest
 from duopool.decode_worker.scheduler import DecodeScheduler
-from duopool.engine.next_token import next_token
+from duopool.engine.next_token import next_tokens
 from duopool.engine.outbox import Outbox
 from duopool.engine.served_model import ServedModel
 
@@ -29,6 +31,8 @@ class Batch:
     ) -> None:
         self.requests: list[DecodeRequest] = []
         """Whose tables the running step writes to."""
+        self.parting: list[tuple[DecodeRequest, tuple[Tokens, ...]]] = []
+        """Carriers whose prompt was computed here, with the first token of every choice."""
         self.num_steps = 0
         self.num_computed_tokens = 0
         self.step_s = 0.0
@@ -50,8 +54,12 @@ class Batch:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, *, step_s: float) -> list[DecodeRequest]:
-        """Take in what the step brought, and give up tables of those that ended meanwhile; who got the last token."""
+        """Take in what the step brought, and give up tables of those that ended meanwhile; who got the last token.
+
+        Carriers whose prompt is computed are left in `parting`.
+        """
         requests, self.requests = self.requests, []
+        self._manager.unpin([copy.source for copy in plan.copies])
         self.num_steps += 1
         self.num_computed_tokens += plan.num_tokens
         self.step_s = step_s
@@ -66,7 +74,7 @@ class Batch:
 
     def _take(self, request: DecodeRequest, chunk: Chunk, result: StepResult) -> bool:
         """True if the request got its last token, or can get none."""
-        if chunk.sample is not None and result.tokens[request.table].token_id == NO_TOKEN:
+        if any(sampled.token_id == NO_TOKEN for sampled in result.tokens.get(request.table, ())):
             if request.phase is DecodePhase.ENDED:
                 return False
             reason = NackReason.INTERNAL
@@ -77,20 +85,24 @@ class Batch:
         if request.phase is DecodePhase.ENDED:
             return False
         request.prompt_logprobs += result.prompt_logprobs.get(request.table, ())
-        return chunk.sample is not None and self._emit(request, result.tokens[request.table])
+        return bool(chunk.samples) and self._emit(request, result.tokens[request.table])
 
-    def _emit(self, request: DecodeRequest, sampled: SampledToken) -> bool:
-        request.output.append(sampled.token_id)
-        self._manager.append(request.table, (sampled.token_id,))
-        tokens = next_token(
+    def _emit(self, request: DecodeRequest, sampled: Sequence[SampledToken]) -> bool:
+        made = next_tokens(
             self._model,
             request.request,
             sampled,
             attempt=request.attempt,
-            index=len(request.output) - 1,
+            index=len(request.output),
             max_tokens=self._max_tokens,
             prompt_logprobs=request.prompt_logprobs,
         )
         request.prompt_logprobs.clear()
+        if request.request.choices:
+            self.parting.append((request, made))
+            return False
+        (tokens,) = made
+        request.output += tokens.token_ids
+        self._manager.append(request.table, tokens.token_ids)
         self._outbox.say(request.session, tokens)
         return tokens.finish_reason is not None

@@ -50,6 +50,8 @@ class DecodeRequest:
     phase: DecodePhase = DecodePhase.WAITING
     is_in_step: bool = False
     """A running step writes to the table."""
+    is_fork: bool = False
+    """One of several choices: others may count on its newest block, which is copied before it is written to."""
     has_begun: bool = False
     """The router knows that the request was taken; deadlines are the router's from here on."""
     num_cached_tokens: int = 0
@@ -68,6 +70,11 @@ class DecodeRequest:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        """What it takes of the batch: a carrier will be one sequence for each choice."""
+        return self.request.num_outputs
 
     @property
     def num_tokens(self) -> int:
@@ -105,9 +112,14 @@ class DecodeRequest:
         return self.slot is None or self.slot.lease is not None
 
     @property
-    def urgency(self) -> tuple[bool, float, int]:
-        """What waits is ordered by this: those that had begun in their old order, then the earliest deadline."""
-        return (not self.has_begun, 0.0 if self.has_begun else self.due_at, self.order)
+    def urgency(self) -> tuple[int, bool, float, int]:
+        """What waits is ordered by this: by priority those that had begun in their old order, then the deadlines."""
+        return (self.request.priority, not self.has_begun, 0.0 if self.has_begun else self.due_at, self.order)
+
+    @property
+    def seat(self) -> tuple[int, int]:
+        """What runs is ordered by this; whoever comes last is preempted first."""
+        return (self.request.priority, self.order)
 
     def is_late(self, *, now: float) -> bool:
         return not self.has_begun and self.deadline_at is not None and now >= self.deadline_at
@@ -125,21 +137,50 @@ class DecodeRequest:
         """The next `num_tokens` tokens; when they are the last ones known, a new token is sampled behind them."""
         start, end = self.num_computed_tokens, self.num_computed_tokens + num_tokens
         is_last = end == self.num_tokens
-        sample = SampleSpec(
-            params=self.request.params,
-            prompt_token_ids=self.request.prompt_token_ids,
-            output_token_ids=self.output,
-            eos_token_ids=eos_token_ids,
+        samples = tuple(
+            SampleSpec(
+                params=output.params,
+                prompt_token_ids=output.prompt_token_ids,
+                output_token_ids=self.output,
+                eos_token_ids=eos_token_ids,
+            )
+            for output in self.request.outputs
         )
         return Chunk(
             request_id=self.table,
             token_ids=self.tokens(start, end),
             start=start,
             block_ids=block_ids,
-            sample=sample if is_last else None,
+            samples=samples if is_last else (),
             prompt_logprobs=self.num_prompt_logprobs,
             next_token_id=None if is_last else self.tokens(end, end + 1)[0],
         )
+
+    def fork(self, choice: GenerationRequest, first: Tokens, *, order: int) -> DecodeRequest:
+        """One choice of this carrier, behind its first token."""
+        return DecodeRequest(
+            table=table_name(choice.request_id, self.attempt),
+            request=choice,
+            attempt=self.attempt,
+            session=self.session,
+            order=order,
+            deadline_at=self.deadline_at,
+            due_at=self.due_at,
+            keys=self.keys,
+            slot=None,
+            output=list(first.token_ids),
+            has_begun=True,
+            is_fork=True,
+            told_at=self.told_at,
+            num_cached_tokens=self.num_cached_tokens,
+            num_computed_tokens=self.num_tokens,
+        )
+
+    def account_for(self, carrier: DecodeRequest) -> None:
+        """The transfer was made once for all choices: this one reports it."""
+        self.num_pulled_blocks = carrier.num_pulled_blocks
+        self.num_pulled_bytes = carrier.num_pulled_bytes
+        self.transfer_s = carrier.transfer_s
 
     def reserved(self) -> Reserved:
         return Reserved(request_id=self.request_id, attempt=self.attempt, num_cached_tokens=self.num_cached_tokens)

@@ -5,7 +5,7 @@ it has it. 2. Every `BlocksReady` starts a read of the blocks that are not cache
 computes. 3. When all is read and the prefill worker has confirmed its lease, the request joins the batch behind its
 first token. 4. Every step gives each running request one token. A `Reserve` with `local_prefill` skips 2 and 3: the
 prefix is computed here. 5. After `Migrate` a running request goes over to another decode worker, which reads its blocks
-from here.
+from here. A carrier never joins: when its prompt is here its choices do, as requests of their own.
 
 Handoffs are driven by `handoff.py`, migrations by `departures.py`; here is what they mean for queues, blocks and the
 router. Commands and the reader's answers are taken while a step runs: the lock covers bookkeeping only, and the reader
@@ -41,6 +41,7 @@ from duopool.core.messages import (
     Reserve,
     SnapshotWanted,
     Stay,
+    Tokens,
     Validate,
     Verdict,
     WorkerLoad,
@@ -271,13 +272,12 @@ class DecodeWorker:
 
     def _accept(self, command: Reserve, session: SessionId, *, now: float) -> None:
         request = command.request
-        self._num_arrived += 1
         decode_request = DecodeRequest(
             table=table_name(request.request_id, command.attempt),
             request=request,
             attempt=command.attempt,
             session=session,
-            order=self._num_arrived,
+            order=self._num_arrived + 1,
             deadline_at=None if command.deadline_s is None else now + command.deadline_s,
             due_at=due_at(command.deadline_s, now=now),
             keys=self._manager.keys(request.token_ids, request.cache_salt),
@@ -285,6 +285,7 @@ class DecodeWorker:
             output=list(request.output_token_ids),
             told_at=now,
         )
+        self._num_arrived += decode_request.num_sequences
         self._requests[request.request_id] = decode_request
         self._scheduler.add(decode_request)
 
@@ -295,8 +296,7 @@ class DecodeWorker:
             return
         if request.slot is None or request.attempt != message.attempt:
             return
-        told = (*message.output, *(() if message.first_token is None else message.first_token.token_ids))
-        if message.first_block < 0 or not self._model.knows(told) or (message.first_token is not None and not told):
+        if not self._can_be(message, request):
             self._nack(request, NackReason.INTERNAL, "a block or a token that cannot be")
             return
         num_listed = message.first_block + len(message.blocks)
@@ -308,6 +308,17 @@ class DecodeWorker:
             self._nack(request, NackReason.BUSY, f"no room for the {num_listed} blocks that the request has grown to")
         else:
             self._do(request, self._handoffs.advance(request, slots.Listed(message, self._table(request))))
+
+    def _can_be(self, message: BlocksReady, request: DecodeRequest) -> bool:
+        """Whether blocks and tokens are such as a worker lists for this request."""
+        if message.first_token is None:
+            firsts: tuple[Tokens, ...] = ()
+        else:
+            firsts = message.first_tokens if request.request.choices else (message.first_token,)
+            if len(firsts) != request.num_sequences or not all(first.token_ids for first in firsts):
+                return False
+        told = (*message.output, *(token_id for first in firsts for token_id in first.token_ids))
+        return message.first_block >= 0 and self._model.knows(told)
 
     def _migrate(self, command: Migrate, session: SessionId, *, now: float) -> None:
         request = self._requests.get(command.request_id)
@@ -394,9 +405,40 @@ class DecodeWorker:
         self._manager.append(request.table, join.output)
         request.num_computed_tokens = request.num_tokens
         self._manager.publish(request.table, request.num_computed_tokens)
+        if request.request.choices:
+            self._part(request, join.first_tokens)
+            return
         self._manager.append(request.table, join.first_token.token_ids)
         request.output += join.first_token.token_ids
         self._scheduler.join(request)
+        self._has_joined(request)
+
+    def _part(self, carrier: DecodeRequest, first_tokens: Sequence[Tokens]) -> None:
+        """The prompt is here: the choices that go on behind their first token take the carrier's place."""
+        now, forks = self._clock(), []
+        for place, (choice, first) in enumerate(zip(carrier.request.outputs, first_tokens, strict=True)):
+            known = self._requests.get(choice.request_id)
+            present = None if known is None else known.attempt
+            if self._arrivals.standing(choice.request_id, carrier.attempt, present=present) is not Standing.NEW:
+                continue
+            if known is not None:
+                self._end(known, now=now)
+            if carrier.slot is None:
+                self._outbox.say(carrier.session, first)
+            if first.finish_reason is None:
+                forks.append(carrier.fork(choice, first, order=carrier.order + place))
+                self._requests[choice.request_id] = forks[-1]
+            else:
+                self._arrivals.bury(choice.request_id, carrier.attempt, now=now)
+        self._scheduler.part(carrier, forks)
+        self._forget(carrier, now=now)
+        self._manager.free(carrier.table)
+        if carrier.slot is not None and forks:
+            forks[0].account_for(carrier)
+            for fork in forks:
+                self._has_joined(fork)
+
+    def _has_joined(self, request: DecodeRequest) -> None:
         self._outbox.say(request.session, request.joined())
         if request.num_tokens >= min(self._model.max_model_len, self._max_tokens):
             # The prefill worker's limit is longer than ours: there is no room for a single step.
@@ -410,6 +452,8 @@ class DecodeWorker:
         for request in self._batch.commit(plan, result, step_s=now - started_at):
             reach(Failpoint.FINISHING)
             self._end(request, now=now)
+        while self._batch.parting:
+            self._part(*self._batch.parting.pop(0))
         self._outbox.say_kv_changes(self._manager)
         self._outbox.say_load(self._load())
 
@@ -473,7 +517,7 @@ class DecodeWorker:
 
     def _load(self) -> WorkerLoad:
         return WorkerLoad(
-            num_waiting=len(self._scheduler.waiting) + len(self._scheduler.pulling),
+            num_waiting=sum(one.num_sequences for one in (*self._scheduler.waiting, *self._scheduler.pulling)),
             num_running=len(self._scheduler.running) + len(self._scheduler.parked),
             num_pending_tokens=self._scheduler.num_pending_tokens,
             num_blocks=self._manager.num_blocks,

@@ -96,7 +96,7 @@ def _logits_rows(
             count = end - first - (chunk.next_token_id is None)
             scored.append((slice(len(rows), len(rows) + count), chunk))
             rows.extend(range(first, first + count))
-        if chunk.sample is not None:
+        if chunk.samples:
             if not rows or rows[-1] != end - 1:
                 rows.append(end - 1)
             sampled.append((len(rows) - 1, chunk))

@@ -1,4 +1,4 @@
-"""Turns a sampled token into the message that hands it out, with the reason to stop if it was the last one."""
+"""Turns sampled tokens into the messages that hand them out, with the reason to stop after the last one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,35 @@ from duopool.core.types import TokenLogprob
 from duopool.engine.served_model import ServedModel
 
 
-def next_token(
+def next_tokens(
+    model: ServedModel,
+    request: GenerationRequest,
+    sampled: Sequence[SampledToken],
+    *,
+    attempt: int,
+    index: int,
+    max_tokens: int,
+    prompt_logprobs: Sequence[TokenLogprob],
+) -> tuple[Tokens, ...]:
+    """The messages for output token `index`: one, or one for each choice of a carrier.
+
+    `max_tokens` is the longest sequence the worker can hold.
+    """
+    return tuple(
+        _next_token(
+            model,
+            output,
+            token,
+            attempt=attempt,
+            index=index,
+            max_tokens=max_tokens,
+            prompt_logprobs=prompt_logprobs,
+        )
+        for output, token in zip(request.outputs, sampled, strict=True)
+    )
+
+
+def _next_token(
     model: ServedModel,
     request: GenerationRequest,
     sampled: SampledToken,
@@ -20,7 +48,6 @@ def next_token(
     max_tokens: int,
     prompt_logprobs: Sequence[TokenLogprob],
 ) -> Tokens:
-    """The message for output token `index`; `max_tokens` is the longest sequence the worker can hold."""
     num_output_tokens = index + 1
     ending = model.ending(
         request.params,

@@ -6,6 +6,7 @@ Owns the model, its KV store and nothing about requests: every step is a functio
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import psutil
 import torch
@@ -110,12 +111,12 @@ class ModelRunner:
             return StepResult()
         batch = build_forward_batch(plan, self.store)
         logits_RV = self._forward(batch)
-        specs = [(row, chunk.request_id, chunk.sample) for row, chunk in batch.sampled if chunk.sample is not None]
-        rows = [row for row, _, _ in specs]
+        drawn = [(row, spec) for row, chunk in batch.sampled for spec in chunk.samples]
+        rows = [row for row, _ in drawn]
         wanted = logits_RV if rows == list(range(len(logits_RV))) else logits_RV[rows]
-        tokens = sample(wanted, [spec for _, _, spec in specs], self._masks)
+        tokens = iter(sample(wanted, [spec for _, spec in drawn], self._masks))
         return StepResult(
-            tokens={request: token for (_, request, _), token in zip(specs, tokens, strict=True)},
+            tokens={chunk.request_id: tuple(islice(tokens, len(chunk.samples))) for _, chunk in batch.sampled},
             prompt_logprobs={chunk.request_id: _score(logits_RV[where], chunk) for where, chunk in batch.scored},
         )
 
@@ -134,7 +135,7 @@ class ModelRunner:
                             token_ids=tokens,
                             start=start,
                             block_ids=[BlockId(0)],
-                            sample=spec,
+                            samples=(spec,),
                         ),
                     )
                 )

@@ -56,7 +56,8 @@ class ServedModel:
         if not self.knows((*token_ids, *params.stop_token_ids, *(token_id for token_id, _ in params.logit_bias))):
             return Refusal(NackReason.INTERNAL, f"a token id is outside the vocabulary of {self.vocab_size}")
         try:
-            params.check()
+            for output in request.outputs:
+                output.params.check()
         except InvalidRequest as error:
             return Refusal(NackReason.INTERNAL, str(error))
         if len(token_ids) >= self.max_model_len:

@@ -34,7 +34,7 @@ class PrefillRequest:
     arrived_at: float
     deadline_at: float | None
     due_at: float
-    """What the queues are ordered by."""
+    """What the queues are ordered by, among requests of one priority."""
     token_ids: tuple[int, ...]
     keys: tuple[BlockKey, ...]
     phase: PrefillPhase = PrefillPhase.WAITING
@@ -54,6 +54,11 @@ class PrefillRequest:
     @property
     def request_id(self) -> RequestId:
         return self.request.request_id
+
+    @property
+    def turn(self) -> tuple[int, float]:
+        """What the queues are ordered by."""
+        return (self.request.priority, self.due_at)
 
     @property
     def num_tokens(self) -> int:
@@ -80,18 +85,21 @@ class PrefillRequest:
         """The next `num_tokens` tokens; the last ones of the prefix sample the first token."""
         start, end = self.num_computed_tokens, self.num_computed_tokens + num_tokens
         is_last = end == self.num_tokens
-        sample = SampleSpec(
-            params=self.request.params,
-            prompt_token_ids=self.request.prompt_token_ids,
-            output_token_ids=self.request.output_token_ids,
-            eos_token_ids=eos_token_ids,
+        samples = tuple(
+            SampleSpec(
+                params=output.params,
+                prompt_token_ids=output.prompt_token_ids,
+                output_token_ids=output.output_token_ids,
+                eos_token_ids=eos_token_ids,
+            )
+            for output in self.request.outputs
         )
         return Chunk(
             request_id=self.table,
             token_ids=self.token_ids[start:end],
             start=start,
             block_ids=block_ids,
-            sample=sample if is_last else None,
+            samples=samples if is_last else (),
             prompt_logprobs=self.num_prompt_logprobs,
             next_token_id=None if is_last else self.token_ids[end],
         )
@@ -100,16 +108,22 @@ class PrefillRequest:
         return Accepted(request_id=self.request_id, attempt=self.attempt, num_cached_tokens=self.num_cached_tokens)
 
     def list_blocks(
-        self, blocks: tuple[SealedBlock, ...], lease: LeaseRef, first_token: Tokens | None, *, now: float
+        self,
+        blocks: tuple[SealedBlock, ...],
+        lease: LeaseRef,
+        first_tokens: tuple[Tokens, ...],
+        *,
+        now: float,
     ) -> BlocksReady:
-        """Count the next blocks as listed, in the message that lists them."""
+        """Count the next blocks as listed, in the message that lists them; `first_tokens` come with the last one."""
         message = BlocksReady(
             request_id=self.request_id,
             attempt=self.attempt,
             lease=lease,
             first_block=self.num_listed_blocks,
             blocks=blocks,
-            first_token=first_token,
+            first_token=self._last_word(first_tokens),
+            first_tokens=first_tokens if self.request.choices else (),
             queue_s=self.started_at - self.arrived_at,
             prefill_s=now - self.started_at,
             num_cached_tokens=self.num_cached_tokens,
@@ -117,6 +131,13 @@ class PrefillRequest:
         self.num_listed_blocks += len(blocks)
         self.ready.append(message)
         return message
+
+    def _last_word(self, first_tokens: tuple[Tokens, ...]) -> Tokens | None:
+        """What tells that all is listed: the first token, or an empty one of a carrier."""
+        if not first_tokens or not self.request.choices:
+            return next(iter(first_tokens), None)
+        index = len(self.request.output_token_ids)
+        return Tokens(request_id=self.request_id, attempt=self.attempt, index=index, token_ids=())
 
 
 def table_name(request_id: RequestId, attempt: int) -> RequestId:

@@ -1,9 +1,9 @@
 """Decides which prompts a step computes, and how much of each.
 
-Earliest deadline first under a token budget (without deadlines: first come, first served): a long prompt is cut into
-chunks, and several prompts share a step. A prompt takes all its blocks when it begins, so that half-filled prompts
-never wait for each other. A prompt whose next block is being computed by another one is passed over until that block is
-cached: equal prefixes in flight are computed once.
+By priority, then earliest deadline first (without deadlines: first come, first served), under a token budget: a long
+prompt is cut into chunks, and several prompts share a step. A prompt takes all its blocks when it begins, so that
+half-filled prompts never wait for each other. A prompt whose next block is being computed by another one is passed over
+until that block is cached: equal prefixes in flight are computed once.
 
 Owns the queues and the table of keys in flight; blocks belong to the manager, leases and messages to the worker.
 """
@@ -20,12 +20,12 @@ from duopool.core.types import BlockKey, RequestId
 from duopool.prefill_worker.prefill_request import PrefillPhase, PrefillRequest
 
 
-def _due_at(request: PrefillRequest) -> float:
-    return request.due_at
+def _turn(request: PrefillRequest) -> tuple[int, float]:
+    return request.turn
 
 
 class PrefillScheduler:
-    """Two queues, earliest deadline first: prompts that wait, and prompts that are being filled."""
+    """Two queues in the order of turns: prompts that wait, and prompts that are being filled."""
 
     def __init__(self, manager: KVCacheManager, config: SchedulerConfig, *, eos_token_ids: frozenset[int]) -> None:
         self.waiting: list[PrefillRequest] = []
@@ -41,7 +41,7 @@ class PrefillScheduler:
         return sum(one.num_missing_tokens for one in self.waiting) + sum(one.num_missing_tokens for one in self.filling)
 
     def add(self, request: PrefillRequest) -> None:
-        insort(self.waiting, request, key=_due_at)
+        insort(self.waiting, request, key=_turn)
 
     def remove(self, request: PrefillRequest) -> None:
         """Take a request out of its queue. Its table is the caller's to free."""
@@ -117,7 +117,7 @@ class PrefillScheduler:
         request.started_at = now
         request.phase = PrefillPhase.FILLING
         self.waiting.remove(request)
-        insort(self.filling, request, key=_due_at)
+        insort(self.filling, request, key=_turn)
         for key in request.keys[num_cached // manager.block_size :]:
             self._in_flight.setdefault(key, request.table)
         return True

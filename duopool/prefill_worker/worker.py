@@ -44,7 +44,7 @@ from duopool.engine.arrivals import Arrivals, Standing, due_at
 from duopool.engine.failpoints import Failpoint, reach
 from duopool.engine.leases import LeaseBook, SourceIdentity
 from duopool.engine.ledger import make_ledger, unique
-from duopool.engine.next_token import next_token
+from duopool.engine.next_token import next_tokens
 from duopool.engine.outbox import Outbox
 from duopool.engine.sealer import Sealer
 from duopool.engine.served_model import ServedModel
@@ -337,18 +337,18 @@ class PrefillWorker:
             if request.num_missing_tokens == 0:
                 self._finish(request, blocks, result, now=now)
             elif blocks:
-                self._list(request, blocks, None, now=now)
+                self._list(request, blocks, (), now=now)
         self._report()
 
     def _finish(
         self, request: PrefillRequest, blocks: tuple[SealedBlock, ...], result: StepResult, *, now: float
     ) -> None:
-        """The whole prefix is computed: hand the first token out, and the blocks if more tokens are to follow."""
+        """The whole prefix is computed: hand first tokens out, and the blocks if more tokens are to follow."""
         sampled = result.tokens[request.table]
-        if sampled.token_id == NO_TOKEN:
+        if any(each.token_id == NO_TOKEN for each in sampled):
             self._nack(request, NackReason.INTERNAL, NOT_NUMBERS, now=now)
             return
-        first_token = next_token(
+        first_tokens = next_tokens(
             self._model,
             request.request,
             sampled,
@@ -357,20 +357,20 @@ class PrefillWorker:
             max_tokens=self._model.max_model_len,
             prompt_logprobs=request.prompt_logprobs,
         )
-        if first_token.finish_reason is None:
+        if any(tokens.finish_reason is None for tokens in first_tokens):
             self._scheduler.remove(request)
-            self._list(request, blocks, first_token, now=now)
+            self._list(request, blocks, first_tokens, now=now)
             request.phase = PrefillPhase.LEASED
         else:
-            self._list(request, (), first_token, now=now)
+            self._list(request, (), first_tokens, now=now)
             self._end(request, now=now)
 
     def _list(
-        self, request: PrefillRequest, blocks: tuple[SealedBlock, ...], first_token: Tokens | None, *, now: float
+        self, request: PrefillRequest, blocks: tuple[SealedBlock, ...], first_tokens: tuple[Tokens, ...], *, now: float
     ) -> None:
         """Put blocks under the request's lease and tell the router of them."""
         lease = self._leases.seal(request, blocks, now=now)
-        self._outbox.say(request.session, request.list_blocks(blocks, lease, first_token, now=now))
+        self._outbox.say(request.session, request.list_blocks(blocks, lease, first_tokens, now=now))
 
     def _blame(self, stretches: list[Stretch], error: Exception) -> None:
         """The engine failed. A request that was alone in the step is told that it was the cause."""

@@ -21,8 +21,8 @@ from duopool.core.types import TokenLogprob
 from duopool.proto import inference_pb2 as pb
 
 CHAT_ROLES = ("system", "user", "assistant", "tool")
-TextOf = Callable[[int], str]
-"""Text of a single token."""
+SpellingOf = Callable[[int], tuple[str, bytes]]
+"""Text and bytes of a single token."""
 
 _OPTIONAL_FIELDS = (
     "max_tokens",
@@ -104,7 +104,7 @@ def token_chunk(
     choice: int,
     logprobs: Iterable[TokenLogprob],
     prompt_logprobs: Iterable[TokenLogprob],
-    text_of: TextOf,
+    spelling_of: SpellingOf,
 ) -> pb.GenerateResponse:
     """The tokens of one step."""
     return pb.GenerateResponse(
@@ -113,8 +113,8 @@ def token_chunk(
             token_ids=token_ids,
             text=text,
             choice=choice,
-            logprobs=[_logprob(entry, text_of) for entry in logprobs],
-            prompt_logprobs=[_logprob(entry, text_of) for entry in prompt_logprobs],
+            logprobs=[_logprob(entry, spelling_of) for entry in logprobs],
+            prompt_logprobs=[_logprob(entry, spelling_of) for entry in prompt_logprobs],
         )
     )
 
@@ -142,14 +142,16 @@ def worker_state(info: WorkerInfo, load: WorkerLoad, state: str) -> pb.WorkerSta
     )
 
 
-def _logprob(entry: TokenLogprob, text_of: TextOf) -> pb.Logprob:
-    top = [
-        pb.Logprob(token_id=token_id, logprob=logprob, rank=rank, text=text_of(token_id))
-        for rank, (token_id, logprob) in enumerate(entry.top, 1)
-    ]
-    return pb.Logprob(
-        token_id=entry.token_id, logprob=entry.logprob, rank=entry.rank, text=text_of(entry.token_id), top=top
-    )
+def _logprob(entry: TokenLogprob, spelling_of: SpellingOf) -> pb.Logprob:
+    top = [_entry(token_id, logprob, rank, spelling_of) for rank, (token_id, logprob) in enumerate(entry.top, 1)]
+    whole = _entry(entry.token_id, entry.logprob, entry.rank, spelling_of)
+    whole.top.extend(top)
+    return whole
+
+
+def _entry(token_id: int, logprob: float, rank: int, spelling_of: SpellingOf) -> pb.Logprob:
+    text, token_bytes = spelling_of(token_id)
+    return pb.Logprob(token_id=token_id, logprob=logprob, rank=rank, text=text, token_bytes=token_bytes)
 
 
 def _field_without_utf8(data: bytes, kind: Descriptor, path: str = "") -> str | None:

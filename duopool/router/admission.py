@@ -17,6 +17,7 @@ MAX_CHOICES = 16
 MAX_PROMPTS = 128
 MAX_CACHE_SALT_BYTES = 256
 MAX_REQUEST_ID_CHARS = 256
+MAX_PRIORITY = 2**31 - 1
 RETRY_AFTER_S = 1.0
 
 
@@ -71,6 +72,11 @@ def check_prompts(num_prompts: int) -> None:
 def check_choices(num_choices: int) -> None:
     if not 1 <= num_choices <= MAX_CHOICES:
         raise InvalidRequest("n", f"must be between 1 and {MAX_CHOICES}, got {num_choices}")
+
+
+def check_priority(priority: int) -> None:
+    if not -MAX_PRIORITY - 1 <= priority <= MAX_PRIORITY:
+        raise InvalidRequest("priority", f"must be between {-MAX_PRIORITY - 1} and {MAX_PRIORITY}, got {priority}")
 
 
 def check_names(*, cache_salt: bytes, request_id: str) -> None:

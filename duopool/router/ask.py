@@ -62,5 +62,7 @@ class Ask:
     cache_salt: bytes = b""
     traceparent: str = ""
     """W3C trace context of the caller; carried into the request's record."""
-    resume_from: tuple[int, ...] = ()
-    """Tokens that an earlier, broken stream delivered."""
+    resume_from: tuple[tuple[int, ...], ...] = ()
+    """Tokens that an earlier, broken stream delivered, of each choice; none for a new call."""
+    priority: int = 0
+    """Lower values go first wherever requests wait."""

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
+import msgspec
+
 from duopool.core.config import RouterConfig
 from duopool.core.errors import DeadlineMissed, InvalidRequest, ModelNotFound, Unavailable
 from duopool.core.handoff.request import Phase, RequestState
-from duopool.core.messages import GenerationRequest
+from duopool.core.messages import Choice, GenerationRequest
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.types import RequestId
 from duopool.router import admission
 from duopool.router.ask import Ask, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from duopool.router.choices import carrier_of
+from duopool.router.delivery import Delivery
 from duopool.router.detokenizer import Detokenizer
 from duopool.router.guide import GuideCompiler
 from duopool.router.outbox import Outbox
 from duopool.router.pools import Pools
-from duopool.router.request_life import ROUTE_WAIT_S, Origin, RequestLife
+from duopool.router.request_life import ROUTE_WAIT_S, Audience, RequestLife
 from duopool.router.text_stream import TextStream
 from duopool.router.tokenizer import Tokenizer
 from duopool.router.waiting_room import Place, WaitingRoom
@@ -92,7 +96,8 @@ class Generation:
         admission.check_prompts(len(ask.prompts))
         admission.check_choices(ask.num_choices)
         num_lives = len(ask.prompts) * ask.num_choices
-        self._room.check(max_tokens=ask.params.max_tokens, time_left_s=time_left_s)
+        admission.check_priority(ask.priority)
+        self._room.check(max_tokens=ask.params.max_tokens, time_left_s=time_left_s, priority=ask.priority)
         with self._admission.admit(num_lives):
             params = ask.params
             if ask.takes_all_room:
@@ -102,13 +107,16 @@ class Generation:
                 grammar = await self._off_loop(self._guides.compile, ask.guide)
                 ask = replace(ask, params=replace(ask.params, grammar=grammar))
             outbox = Outbox(self._config.max_unread_tokens, num_choices=num_lives, clock=self._clock)
-            asked = [prompt for prompt in prompts for _ in range(ask.num_choices)]
-            sizes = [len(prompt) for prompt in asked]
-            with self._room.enter(sizes, max_tokens=ask.params.max_tokens, time_left_s=time_left_s) as places:
-                lives = [
-                    self._life(ask, prompt, outbox, place, choice=choice, deadline=deadline)
-                    for choice, (prompt, place) in enumerate(zip(asked, places, strict=True))
-                ]
+            # The choices of a prompt wait for it together.
+            sizes = [len(prompt) * (choice == 0) for prompt in prompts for choice in range(ask.num_choices)]
+            with self._room.enter(
+                sizes, max_tokens=ask.params.max_tokens, time_left_s=time_left_s, priority=ask.priority
+            ) as places:
+                lives: list[RequestLife] = []
+                for place, prompt in enumerate(prompts):
+                    first = place * ask.num_choices
+                    numbered = dict(enumerate(places[first : first + ask.num_choices], first))
+                    lives += self._lives(ask, prompt, outbox, numbered, deadline=deadline)
                 async with self._running(lives, outbox, deadline):
                     yield Stream(outbox=outbox, prompts=prompts)
 
@@ -164,11 +172,11 @@ class Generation:
         admission.check_names(cache_salt=ask.cache_salt, request_id=ask.request_id)
         limits = self.limits()
         admission.check_bias(params, limits)
-        if ask.resume_from and ask.num_choices > 1:
-            raise InvalidRequest("resume_from", f"works with n = 1 only, got n = {ask.num_choices}")
-        if len(ask.resume_from) > params.max_tokens:
-            raise InvalidRequest("resume_from", f"has {len(ask.resume_from)} tokens, max_tokens is {params.max_tokens}")
-        admission.check_token_ids("resume_from", ask.resume_from, limits)
+        for place, token_ids in enumerate(ask.resume_from):
+            field = "resume_from" if ask.num_choices == 1 else f"resume_choices[{place}]"
+            if len(token_ids) > params.max_tokens:
+                raise InvalidRequest(field, f"has {len(token_ids)} tokens, max_tokens is {params.max_tokens}")
+            admission.check_token_ids(field, token_ids, limits)
         return tuple([await self._read_prompt(prompt, params, limits) for prompt in ask.prompts])
 
     async def _read_prompt(self, prompt: Prompt, params: SamplingParams, limits: admission.Limits) -> tuple[int, ...]:
@@ -207,46 +215,97 @@ class Generation:
             for life in lives:
                 life.stop(Phase.CANCELLED)
 
-    def _life(
+    def _lives(
         self,
         ask: Ask,
         prompt_token_ids: tuple[int, ...],
+        outbox: Outbox,
+        places: Mapping[int, Place],
+        *,
+        deadline: float | None,
+    ) -> list[RequestLife]:
+        """The choices of one prompt, by their numbers in the call; several have a carrier, which comes last."""
+        params = ask.params
+        if ask.takes_all_room:
+            params = replace(params, max_tokens=self.limits().longest - len(prompt_token_ids))
+        carrier = GenerationRequest(
+            request_id=RequestId(self.draw_id()),
+            prompt_token_ids=prompt_token_ids,
+            params=params,
+            cache_salt=ask.tenant.salt(ask.cache_salt),
+            priority=ask.priority,
+            choices=tuple(
+                Choice(RequestId(self.draw_id()), _seed_of(params.seed, number)) for number in range(len(places))
+            ),
+        )
+        # Outputs that were resumed have parted already.
+        is_alone = len(places) == 1 or bool(ask.resume_from)
+        lives = [
+            self._life(
+                ask,
+                msgspec.structs.replace(request, output_token_ids=resumed),
+                outbox,
+                place,
+                choice=choice,
+                deadline=deadline,
+                phase=Phase.ADMITTED if is_alone else Phase.CARRIED,
+            )
+            for request, resumed, (choice, place) in zip(
+                carrier.outputs, ask.resume_from or ((),) * len(places), places.items(), strict=True
+            )
+        ]
+        if is_alone:
+            return lives
+        return [*lives, carrier_of(lives, lambda audience: self._shell(carrier, audience, deadline=deadline))]
+
+    def _life(
+        self,
+        ask: Ask,
+        request: GenerationRequest,
         outbox: Outbox,
         place: Place,
         *,
         choice: int,
         deadline: float | None,
+        phase: Phase,
     ) -> RequestLife:
         tokenizer = self.tokenizer
-        request_id = RequestId(self.draw_id())
-        params = replace(ask.params, seed=_seed_of(ask.params.seed, choice % ask.num_choices))
-        if ask.takes_all_room:
-            params = replace(params, max_tokens=self.limits().longest - len(prompt_token_ids))
         detokenizer = Detokenizer(
-            tokenizer.decode, special_ids=tokenizer.special_ids, prompt_token_ids=prompt_token_ids
+            tokenizer.decode, special_ids=tokenizer.special_ids, prompt_token_ids=request.prompt_token_ids
         )
-        generation = GenerationRequest(
-            request_id=request_id,
-            prompt_token_ids=prompt_token_ids,
-            output_token_ids=ask.resume_from,
-            params=params,
-            cache_salt=ask.tenant.salt(ask.cache_salt),
-        )
-        return RequestLife(
-            RequestState(request=generation, output=ask.resume_from, retries_left=self._config.handoff.max_retries),
-            Origin(
-                name=ask.request_id or request_id,
-                choice=choice,
-                deadline=deadline,
-                route_wait_s=self._route_wait_s,
-                traceparent=ask.traceparent,
-            ),
-            text=TextStream(detokenizer, params),
+        delivery = Delivery(
+            request,
+            name=ask.request_id or request.request_id,
+            choice=choice,
+            text=TextStream(detokenizer, request.params),
             tokenizer=tokenizer,
-            pools=self.pools,
             outbox=outbox,
             place=place,
             watch=self._watch,
+            traceparent=ask.traceparent,
+            clock=self._clock,
+        )
+        return self._shell(request, delivery, deadline=deadline, phase=phase)
+
+    def _shell(
+        self,
+        request: GenerationRequest,
+        audience: Audience,
+        *,
+        deadline: float | None,
+        phase: Phase = Phase.ADMITTED,
+    ) -> RequestLife:
+        return RequestLife(
+            RequestState(
+                request=request,
+                phase=phase,
+                output=request.output_token_ids,
+                retries_left=self._config.handoff.max_retries,
+            ),
+            audience,
+            pools=self.pools,
+            deadline=deadline,
+            route_wait_s=self._route_wait_s,
             clock=self._clock,
         )
 

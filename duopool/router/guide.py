@@ -73,6 +73,9 @@ class GuideCompiler:
         return llguidance.LLTokenizer(self._text())
 
 
+ANY_OBJECT = {"type": "object"}
+
+
 def json_guide(schema: Any, *, field: str) -> Guide:
     """`schema` as JSON came in: an object, or true for anything."""
     return Guide(kind=GuideKind.JSON_SCHEMA, source=json.dumps(schema), field=field)

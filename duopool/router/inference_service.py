@@ -10,6 +10,7 @@ from duopool.proto.bearer import HEADER
 from duopool.proto.public_codec import chat_messages, num_choices, sampling_params
 from duopool.router.ask import Ask, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from duopool.router.generation import Generation
+from duopool.router.guide import ANY_OBJECT, Guide, GuideKind, json_guide
 from duopool.router.public_access import PublicAccess
 from duopool.router.traces import TRACEPARENT
 
@@ -27,11 +28,13 @@ class InferenceService:
             model=request.model,
             prompts=(_prompt(request),),
             params=sampling_params(request.sampling, seed=generation.draw_seed()),
+            guide=_guide(request),
             num_choices=num_choices(request.sampling),
             request_id=request.request_id,
             cache_salt=request.cache_salt,
             traceparent=_traceparent(context),
-            resume_from=tuple(request.resume_from.ids),
+            resume_from=_resumed(request),
+            priority=request.priority,
         )
         async with generation.open(ask, time_left_s=context.time_remaining()) as stream:
             while (item := await stream.outbox.take()) is not None:
@@ -70,6 +73,33 @@ def _prompt(request: pb.GenerateRequest | pb.TokenizeRequest, *, add_special_tok
         case _:
             known = "text and chat" if isinstance(request, pb.TokenizeRequest) else "text, chat and token_ids"
             raise InvalidRequest("prompt", f"one of {known} must be set")
+
+
+def _guide(request: pb.GenerateRequest) -> Guide | None:
+    """What the outputs must look like."""
+    guide, kind = request.guide, request.guide.WhichOneof("kind")
+    field = f"guide.{kind}"
+    match kind:
+        case "json_schema":
+            return Guide(kind=GuideKind.JSON_SCHEMA, source=guide.json_schema, field=field)
+        case "json_object":
+            return json_guide(ANY_OBJECT, field=field) if guide.json_object else None
+        case "regex":
+            return Guide(kind=GuideKind.REGEX, source=guide.regex, field=field)
+        case "grammar":
+            return Guide(kind=GuideKind.LARK, source=guide.grammar, field=field)
+        case _:
+            return None
+
+
+def _resumed(request: pb.GenerateRequest) -> tuple[tuple[int, ...], ...]:
+    """What each choice has delivered already; nothing for a call that begins."""
+    number, one, several = num_choices(request.sampling), request.resume_from.ids, request.resume_choices
+    if one and number != 1:
+        raise InvalidRequest("resume_from", f"works with n = 1 only, got n = {number}; resume_choices is for more")
+    if several and (one or len(several) != number):
+        raise InvalidRequest("resume_choices", f"must have an entry for each of n = {number} choices, and none besides")
+    return (tuple(one),) if one else tuple(tuple(choice.ids) for choice in several)
 
 
 def _traceparent(context: Any) -> str:

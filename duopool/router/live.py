@@ -24,6 +24,9 @@ MAX_INTERVALS = 20_000
 
 
 class Living(Protocol):
+    @property
+    def is_carrier(self) -> bool: ...
+
     def record(self) -> RequestRecord: ...
 
 
@@ -64,14 +67,15 @@ class LiveView:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything at this moment. Times are seconds before now, so that no clock need agree with another."""
-        alive = [life.record() for life in self._scene.lives]
+        lives = self._scene.lives
+        alive = [life.record() for life in lives if not life.is_carrier]
         now = self._clock()
         return {
             "model": self._model_id,
             "version": __version__,
             "rates": self._rates(now, len(alive)),
             "workers": [_worker(*state) for state in self._scene.worker_states()],
-            "transfers": _transfers(alive),
+            "transfers": _transfers([life.record() for life in lives]),
             "requests": [_request(record, now) for record in [*self._recent, *alive][-NUM_RECENT:]],
             "prefixes": _prefixes(self._scene.prefix_runs()),
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from duopool.core.handoff.request import Member
 from duopool.core.messages import WorkerLoad
@@ -18,11 +18,20 @@ REPORTS_UNTIL_SEEN = 2
 """The report under way when a command is sent does not know of it; the one after that does."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Unseen:
+    """One request that was routed."""
+
+    num_tokens: int
+    num_sequences: int
+    num_reports: int = REPORTS_UNTIL_SEEN
+    """Still to come until the load shows it."""
+
+
 @dataclass(slots=True)
 class _Row:
     load: WorkerLoad = field(default_factory=WorkerLoad)
-    unseen: dict[RequestId, tuple[int, int]] = field(default_factory=dict)
-    """Per request its tokens and the reports still to come until the load shows them."""
+    unseen: dict[RequestId, _Unseen] = field(default_factory=dict)
     expected: Counter[BlockKey] = field(default_factory=Counter)
     """Keys of prefixes that are being computed there, with the number of requests that do."""
 
@@ -37,7 +46,9 @@ class LoadTable:
         row = self._rows.setdefault(member, _Row())
         row.load = load
         row.unseen = {
-            request_id: (num_tokens, left - 1) for request_id, (num_tokens, left) in row.unseen.items() if left > 1
+            request_id: replace(one, num_reports=one.num_reports - 1)
+            for request_id, one in row.unseen.items()
+            if one.num_reports > 1
         }
 
     def forget(self, member: Member) -> None:
@@ -47,9 +58,9 @@ class LoadTable:
         row = self._rows.get(member)
         return WorkerLoad() if row is None else row.load
 
-    def routed(self, member: Member, request_id: RequestId, num_tokens: int) -> None:
-        """A request with this much prefill work was sent."""
-        self._rows.setdefault(member, _Row()).unseen[request_id] = (num_tokens, REPORTS_UNTIL_SEEN)
+    def routed(self, member: Member, request_id: RequestId, num_tokens: int, num_sequences: int = 1) -> None:
+        """A request with this much prefill work, and so many outputs, was sent."""
+        self._rows.setdefault(member, _Row()).unseen[request_id] = _Unseen(num_tokens, num_sequences)
 
     def heard(self, member: Member, request_id: RequestId) -> None:
         """The worker spoke of the request: its reports count it from now on."""
@@ -58,9 +69,9 @@ class LoadTable:
             row.unseen.pop(request_id, None)
 
     def unseen(self, member: Member) -> tuple[int, int]:
-        """(tokens, requests) routed there that the load does not show."""
-        row = self._rows.get(member)
-        return (0, 0) if row is None else (sum(tokens for tokens, _ in row.unseen.values()), len(row.unseen))
+        """(tokens, sequences) routed there that the load does not show."""
+        unseen = self._rows[member].unseen.values() if member in self._rows else ()
+        return sum(one.num_tokens for one in unseen), sum(one.num_sequences for one in unseen)
 
     def expect(self, member: Member, keys: Iterable[BlockKey]) -> None:
         """The worker is about to compute these blocks."""

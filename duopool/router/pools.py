@@ -51,6 +51,16 @@ class Life(Protocol):
     @property
     def request_id(self) -> RequestId: ...
 
+    @property
+    def priority(self) -> int:
+        """Lower values are routed first."""
+        ...
+
+    @property
+    def is_carrier(self) -> bool:
+        """Whether it brings the prompt of other requests to a decode worker, and has no output of its own."""
+        ...
+
     def hear(self, member: Member, message: RequestMessage) -> None: ...
 
     def lose(self, member: Member) -> None: ...
@@ -142,7 +152,8 @@ class Pools:
 
     @property
     def num_requests(self) -> int:
-        return len(self._lives)
+        """Choices that are alive."""
+        return sum(not life.is_carrier for life in self._lives.values())
 
     def update(self, infos: Sequence[WorkerInfo]) -> None:
         """Take in the whole membership: sessions to new members begin, those of members that are gone end."""
@@ -208,7 +219,7 @@ class Pools:
 
     def _changed(self) -> None:
         self.on_change()
-        for life in list(self._lives.values()):
+        for life in sorted(self._lives.values(), key=lambda life: life.priority):
             life.try_route()
 
     # ---- requests ---------------------------------------------------------------------------------------------------

@@ -1,18 +1,19 @@
-"""The shell around one request's transitions: worker messages in, commands and client messages out.
+"""The shell around one request's transitions: worker messages in, commands and emitted tokens out.
 
-Owns the request's state, its clock and its stage times, and joins the parts: the pure core, which decides which attempt
-counts and what is sent (`core/handoff/request.py`), the search for a route, and the delivery to the client.
+Owns the request's state, and joins the parts: the pure core, which decides which attempt counts and what is sent
+(`core/handoff/request.py`), the search for a route, and an audience. That is the delivery to the client, or, of a
+carrier, the lives of its choices.
 1. `start` asks for a route; the pools give one now, or call `try_route` when somebody comes back.
 2. Workers' messages go through `transition`; its actions are carried out in order.
-3. Emitted tokens are delivered as text; a stop string ends the request from here.
-4. `Finish` delivers the last message, or the error, and takes the request off the register.
+3. Emitted tokens are shown to the audience; a stop string ends the request from here.
+4. `Finish` gives the audience the last word, or the error, and takes the request off the register.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -27,6 +28,7 @@ from duopool.core.errors import (
 )
 from duopool.core.handoff.request import (
     Action,
+    Carried,
     Emit,
     Evicted,
     Finish,
@@ -42,85 +44,90 @@ from duopool.core.handoff.request import (
     Returned,
     Routed,
     Send,
+    SetDown,
     Stopped,
     begin,
     transition,
 )
 from duopool.core.messages import (
-    Accepted,
     BlocksReady,
-    Joined,
     Nack,
     NackReason,
     Prefill,
     Reserve,
-    Reserved,
     Tokens,
 )
 from duopool.core.types import LeaseId, RequestId
-from duopool.router.delivery import Delivery
-from duopool.router.outbox import Outbox
 from duopool.router.pools import Pools, RequestMessage
 from duopool.router.route_search import RouteSearch, pinned_prefill
-from duopool.router.stage_times import StageTimes
-from duopool.router.text_stream import TextStream
-from duopool.router.tokenizer import Tokenizer
-from duopool.router.waiting_room import Place
-from duopool.router.watch import NOBODY, RequestRecord, Watch
+from duopool.router.watch import RequestRecord
 
 ROUTE_WAIT_S = 60.0
 """How long a request waits for a pool that has nobody."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """What one call says once for all its choices."""
+class Audience(Protocol):
+    """Who hears what becomes of a request: its client, or the choices that it carries. No call may wait."""
 
-    name: str
-    """The request's id as the client sees it."""
-    choice: int = 0
-    deadline: float | None = None
-    """On the router's clock."""
-    route_wait_s: float = ROUTE_WAIT_S
-    traceparent: str = ""
-    """W3C trace context of the caller."""
+    error: DuopoolError | None
+    """Why it wants nothing more, once it does not."""
+
+    def begin(self, output: tuple[int, ...]) -> bool:
+        """Behind these tokens of an earlier stream; True if nothing but the end is missing."""
+        ...
+
+    def seeks(self, state: RequestState) -> None:
+        """A route is looked for."""
+        ...
+
+    def routed(self, state: RequestState) -> None:
+        """A new attempt has its route."""
+        ...
+
+    def note(self, state: RequestState, message: RequestMessage) -> None:
+        """A worker says something of the current attempt, which is about to act on the state."""
+        ...
+
+    def decodes(self) -> None:
+        """The request is in a batch. May be said again."""
+        ...
+
+    def show(self, state: RequestState, tokens: Tokens) -> bool:
+        """Tokens that count; True when it is to see nothing more."""
+        ...
+
+    def end(self, state: RequestState, phase: Phase, error: DuopoolError | None) -> None:
+        """The last word."""
+        ...
+
+    def record(self, state: RequestState, error: DuopoolError | None) -> RequestRecord:
+        """All that is known of the request."""
+        ...
 
 
 class RequestLife:
-    """One choice of one call, from its first route to its last message."""
+    """One choice of one call, or the carrier of several, from its first route to its last message."""
 
     def __init__(
         self,
         state: RequestState,
-        origin: Origin,
+        audience: Audience,
         *,
-        text: TextStream,
-        tokenizer: Tokenizer,
         pools: Pools,
-        outbox: Outbox,
-        place: Place,
-        watch: Watch = NOBODY,
+        deadline: float | None = None,
+        route_wait_s: float = ROUTE_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._state = state
-        self._watch = watch
-        self._origin = origin
-        self._place = place
-        self._pools = pools
-        self._clock = clock
-        self._stage = StageTimes(began_at=clock())
-        self._delivery = Delivery(
-            state.request,
-            self._stage,
-            name=origin.name,
-            choice=origin.choice,
-            text=text,
-            tokenizer=tokenizer,
-            outbox=outbox,
-            clock=clock,
-        )
-        self._search = RouteSearch(pools, wait_s=origin.route_wait_s, retry=self.try_route, give_up=self._give_up)
+        """`deadline` is on the router's clock."""
+        self.on_parted: Callable[[], None] = lambda: None
+        """Called when a carrier has no part in the request any more. May be called again."""
         self.num_failed_moves = 0
+        self._state = state
+        self._audience = audience
+        self._pools = pools
+        self._deadline = deadline
+        self._clock = clock
+        self._search = RouteSearch(pools, wait_s=route_wait_s, retry=self.try_route, give_up=self._give_up)
         self._wanted: NeedRoute | None = None
         self._error: DuopoolError | None = None
 
@@ -132,11 +139,22 @@ class RequestLife:
     def has_ended(self) -> bool:
         return self._state.phase.is_final
 
+    @property
+    def priority(self) -> int:
+        return self._state.request.priority
+
+    @property
+    def is_carrier(self) -> bool:
+        return bool(self._state.request.choices)
+
+    @property
+    def is_carried(self) -> bool:
+        return self._state.phase is Phase.CARRIED
+
     def start(self) -> None:
         """Enter the register and ask for the first route, unless all tokens are there already."""
         self._pools.enter(self)
-        self._watch.began()
-        if self._delivery.resume(self._state.output):
+        if self._audience.begin(self._state.output):
             self.stop(Phase.DONE)
             return
         self._state, actions = begin(self._state)
@@ -148,11 +166,31 @@ class RequestLife:
             self._error = error
             self._feed(Stopped(phase))
 
+    # ---- what a carrier tells ---------------------------------------------------------------------------------------
+
+    def carry(self, carrier: RequestState) -> None:
+        """The carrier has begun a new attempt."""
+        if carrier.route is not None:
+            self._feed(Carried(carrier.attempt, carrier.route))
+            self._audience.routed(self._state)
+
+    def note(self, message: RequestMessage) -> None:
+        """A worker says something of the carrier's current attempt."""
+        self._audience.note(self._state, message)
+
+    def set_down(self, carrier: RequestState) -> None:
+        """The carrier cannot go on for all its choices."""
+        self._feed(SetDown(carrier))
+
     # ---- what the pools tell ----------------------------------------------------------------------------------------
 
     def hear(self, member: Member, message: RequestMessage) -> None:
         if message.attempt == self._state.attempt:
-            self._note(member, message)
+            self._audience.note(self._state, message)
+            if isinstance(message, Nack):
+                self._search.refused(member, message, now=self._clock())
+            elif isinstance(message, BlocksReady) and message.first_token is not None:
+                self._search.unexpect()
         elif isinstance(message, Nack):
             self._search.refused(member, message, now=self._clock())
             is_fault = message.reason not in (NackReason.BUSY, NackReason.DRAINING)
@@ -178,10 +216,9 @@ class RequestLife:
         route = self._search.find(self._state, self._wanted, now=self._clock())
         if route is None:
             return
-        if self._stage.routed_at is None:
-            self._stage.routed_at = self._clock()
         self._wanted = None
         self._feed(Routed(route))
+        self._audience.routed(self._state)
 
     def decodes_on(self, member: Member) -> bool:
         state = self._state
@@ -211,14 +248,7 @@ class RequestLife:
         )
 
     def record(self) -> RequestRecord:
-        state = self._state
-        return self._delivery.record(
-            state.phase,
-            state.route,
-            attempts=state.attempt,
-            error=self._error,
-            traceparent=self._origin.traceparent,
-        )
+        return self._audience.record(self._state, self._error)
 
     def lease_on(self, member: Member) -> LeaseId | None:
         state = self._state
@@ -230,10 +260,13 @@ class RequestLife:
     # ---- actions ----------------------------------------------------------------------------------------------------
 
     def _feed(self, event: RequestEvent) -> None:
+        was_carried = self.is_carried
         self._state, actions = transition(self._state, event)
         if self._state.phase is Phase.DECODING:
-            self._place.decodes()
+            self._audience.decodes()
         self._perform(actions)
+        if was_carried and not self.is_carried:
+            self.on_parted()
 
     def _perform(self, actions: Sequence[Action]) -> None:
         stopped = False
@@ -248,6 +281,7 @@ class RequestLife:
                 case NeedRoute():
                     self._wanted = action
                     self._search.unexpect()
+                    self._audience.seeks(self._state)
                     self.try_route()
                 case Finish():
                     self._finish(action)
@@ -255,67 +289,23 @@ class RequestLife:
             self._feed(Stopped(Phase.DONE if self._error is None else Phase.FAILED))
 
     def _show(self, tokens: Tokens) -> bool:
-        """Show tokens to the client; True when it is to see nothing more."""
-        self._place.emitted(len(tokens.token_ids))
-        before = self._stage.last_token_at
-        stopped = self._delivery.show(tokens, self._state.route)
-        self._error = self._delivery.error or self._error
-        since = self._stage.began_at if before is None else before
-        now = self._stage.last_token_at or since
-        self._watch.shown(len(tokens.token_ids), now - since, is_first=before is None)
-        return stopped
+        """True when the audience is to see nothing more."""
+        is_over = self._audience.show(self._state, tokens)
+        self._error = self._audience.error or self._error
+        return is_over
 
     def _finish(self, finish: Finish) -> None:
         self._wanted = None
         self._search.end()
         self._pools.leave(self.request_id)
-        self._place.leave(is_finished=finish.phase is Phase.DONE)
-        error = self._error or _error_of(finish)
-        if error is not None:
-            self._delivery.fail(error)
-        elif finish.phase is Phase.DONE:
-            self._delivery.finish(self._state.route, attempts=self._state.attempt)
-        self._delivery.close()
-        self._error = error
-        self._watch.ended(self.record())
+        self._error = self._error or _error_of(finish)
+        self._audience.end(self._state, finish.phase, self._error)
 
     def _give_up(self) -> None:
         self.stop(Phase.FAILED, Unavailable("no worker pair became ready in time for this request"))
 
-    # ---- times and counts -------------------------------------------------------------------------------------------
-
-    def _note(self, member: Member, message: RequestMessage) -> None:
-        """Remember what the message says beyond its effect on the transitions."""
-        stage, route, now = self._stage, self._state.route, self._clock()
-        match message:
-            case Accepted():
-                self._delivery.num_cached_tokens = message.num_cached_tokens
-                self._delivery.start(route)
-            case Reserved() if route is not None and route.prefill is None:
-                self._delivery.num_cached_tokens = message.num_cached_tokens
-                stage.reserved_at = now
-                self._delivery.start(route)
-            case BlocksReady():
-                self._delivery.num_cached_tokens = message.num_cached_tokens
-                stage.worker_queue_s, stage.prefill_s = message.queue_s, message.prefill_s
-                if message.first_token is not None:
-                    stage.ready_at = now
-                    self._search.unexpect()
-            case Tokens() if stage.reserved_at is not None and stage.first_token_at is None:
-                stage.prefill_s = now - stage.reserved_at
-            case Joined():
-                stage.joined_at = now
-                stage.transfer_s += message.transfer_s
-                stage.num_pulled_blocks += message.num_pulled_blocks
-                stage.num_pulled_bytes += message.num_pulled_bytes
-            case Nack():
-                self._search.refused(member, message, now=now)
-            case _:
-                pass
-
     def _remaining_s(self) -> float | None:
-        deadline = self._origin.deadline
-        return None if deadline is None else max(0.0, deadline - self._clock())
+        return None if self._deadline is None else max(0.0, self._deadline - self._clock())
 
 
 def _error_of(finish: Finish) -> DuopoolError | None:

@@ -105,9 +105,11 @@ class RouteSearch:
         if decision is None:
             return None
         route = decision.route
-        pools.loads.routed(route.prefill or route.decode, request_id, decision.num_prefill_tokens)
+        pools.loads.routed(
+            route.prefill or route.decode, request_id, decision.num_prefill_tokens, state.request.num_outputs
+        )
         if route.prefill is not None:
-            pools.loads.routed(route.decode, request_id, 0)
+            pools.loads.routed(route.decode, request_id, 0, state.request.num_outputs)
             pools.loads.expect(route.prefill, keys)
             self._expected = (route.prefill, tuple(keys))
         return route

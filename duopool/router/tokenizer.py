@@ -8,13 +8,15 @@ Also owns the chat template and the end-of-sequence ids that the folder names. W
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from duopool.core.errors import InvalidRequest, ModelNotFound
+from duopool.router.token_bytes import token_bytes
 
 _TAKEN_AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -39,6 +41,7 @@ class Tokenizer:
         self._special_tokens = special_tokens or {}
         self.eos_token_ids = eos_token_ids
         added = backend.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.max_token_chars = max(map(len, vocabulary), default=1)
@@ -103,6 +106,18 @@ class Tokenizer:
         """A token by itself, special or not."""
         text: str = self._backend.decode([token_id], skip_special_tokens=False)
         return text
+
+    def spelling_of(self, token_id: int) -> tuple[str, bytes]:
+        """A token by itself as text, and the bytes that it adds to a text, which may be a part of a character."""
+        text = self.text_of(token_id)
+        token: str | None = self._backend.id_to_token(token_id)
+        if token is None or token_id in self._added_ids:
+            return text, text.encode()
+        return text, self._bytes_of(token)
+
+    @cached_property
+    def _bytes_of(self) -> Callable[[str], bytes]:
+        return token_bytes(json.loads(self.as_json()).get("decoder"))
 
 
 def _render(

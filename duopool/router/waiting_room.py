@@ -1,15 +1,17 @@
 """Accepted requests that have not ended: how long a newcomer would wait behind them, and then decode beside them.
 
-Waiting is measured in prompt tokens, bounded, and timed as they leave; decoding by the pace at which every request gets
-its tokens now, which is taken to slow down as much as the batch grows. Where it does not, the measured pace soon says
-so, and the batch may grow again: a slow start. A request that would wait too long, or end past its deadline, is refused
-at once, and so what was accepted is finished.
+Waiting is measured in prompt tokens, bounded, and timed as they leave; a newcomer waits for those of its own priority
+and of earlier ones. Decoding is measured by the pace at which every request gets its tokens now, which is taken to slow
+down as much as the batch grows. Where it does not, the measured pace soon says so, and the batch may grow again: a slow
+start. A request that would wait too long, or end past its deadline, is refused at once, and so what was accepted is
+finished, unless too many of an earlier priority come behind it.
 
 Knows no request; each holds its place.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -36,6 +38,8 @@ class WaitingRoom:
         """Of prompts that wait."""
         self.num_waiting = 0
         self.num_decoding = 0
+        self._by_priority: Counter[int] = Counter()
+        """Prompt tokens that wait."""
         self._max_num_tokens = max_num_tokens
         self._max_wait_s = max_wait_s
         self._clock = clock
@@ -48,17 +52,19 @@ class WaitingRoom:
         self._noted_at = clock()
 
     @contextmanager
-    def enter(self, num_tokens: Sequence[int], *, max_tokens: int, time_left_s: float | None) -> Iterator[list[Place]]:
+    def enter(
+        self, num_tokens: Sequence[int], *, max_tokens: int, time_left_s: float | None, priority: int = 0
+    ) -> Iterator[list[Place]]:
         """A place for each of a call's requests, left at the latest when the block is; Overloaded if there is none."""
-        self.check(sum(num_tokens), max_tokens=max_tokens, time_left_s=time_left_s)
-        places = [Place(self, number) for number in num_tokens]
+        self.check(sum(num_tokens), max_tokens=max_tokens, time_left_s=time_left_s, priority=priority)
+        places = [Place(self, number, priority) for number in num_tokens]
         try:
             yield places
         finally:
             for place in places:
                 place.leave()
 
-    def check(self, num_tokens: int = 0, *, max_tokens: int, time_left_s: float | None) -> None:
+    def check(self, num_tokens: int = 0, *, max_tokens: int, time_left_s: float | None, priority: int = 0) -> None:
         """Overloaded if so many more prompt tokens find no room, or would wait, or end, too late.
 
         Where nobody is, anything finds room.
@@ -69,7 +75,8 @@ class WaitingRoom:
         if self.num_tokens and num_then > self._max_num_tokens:
             full = f"prompts of {self.num_tokens} tokens wait already, the limit is {self._max_num_tokens}"
             raise Overloaded(full, retry_after_s=max(LEAST_RETRY_S, self.wait_s(num_then - self._max_num_tokens)))
-        wait_s, limit_s = self.wait_s(num_then), self._max_wait_s
+        num_ahead = sum(count for other, count in self._by_priority.items() if other <= priority)
+        wait_s, limit_s = self.wait_s(num_ahead + num_tokens), self._max_wait_s
         if time_left_s is not None:
             limit_s = min(limit_s, max(0.0, USED_SHARE * time_left_s - self.decoding_s(max_tokens)))
         if wait_s > limit_s:
@@ -97,14 +104,18 @@ class WaitingRoom:
         if self.num_decoding:
             self._pace.pass_time(passed_s, self.num_decoding * passed_s)
 
-    def _arrive(self, num_tokens: int) -> None:
+    def _arrive(self, num_tokens: int, priority: int) -> None:
         self._note()
         self.num_tokens += num_tokens
+        self._by_priority[priority] += num_tokens
         self.num_waiting += 1
 
-    def _leave(self, num_tokens: int, *, is_served: bool) -> None:
+    def _leave(self, num_tokens: int, priority: int, *, is_served: bool) -> None:
         self._note()
         self.num_tokens -= num_tokens
+        self._by_priority[priority] -= num_tokens
+        if not self._by_priority[priority]:
+            del self._by_priority[priority]
         self.num_waiting -= 1
         if is_served:
             self._waits.count += num_tokens
@@ -125,19 +136,20 @@ class WaitingRoom:
 class Place:
     """One request's: it waits, decodes, and is over. Each step may be said again."""
 
-    def __init__(self, room: WaitingRoom, num_tokens: int) -> None:
+    def __init__(self, room: WaitingRoom, num_tokens: int, priority: int = 0) -> None:
         self._room = room
         self._num_tokens = num_tokens
+        self._priority = priority
         self._num_emitted = 0
         self._is_waiting = True
         self._is_over = False
-        room._arrive(num_tokens)
+        room._arrive(num_tokens, priority)
 
     def decodes(self) -> None:
         """The request is in a batch."""
         if self._is_waiting:
             self._is_waiting = False
-            self._room._leave(self._num_tokens, is_served=True)
+            self._room._leave(self._num_tokens, self._priority, is_served=True)
 
     def emitted(self, num_tokens: int) -> None:
         """The request got tokens."""
@@ -153,7 +165,7 @@ class Place:
         self._is_over = True
         if self._is_waiting:
             self._is_waiting = False
-            self._room._leave(self._num_tokens, is_served=False)
+            self._room._leave(self._num_tokens, self._priority, is_served=False)
         else:
             self._room._end(self._num_emitted, is_finished=is_finished)
 

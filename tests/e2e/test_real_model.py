@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from moving_streams import make_round, requests_of, scale_decode
 from reference import MAX_TOKENS, Reference
 from remains import Remains
 
+from duopool.client import Client
 from duopool.cluster.config import ClusterConfig
 from duopool.cluster.system import System
 from duopool.core.config import CacheConfig, HandoffConfig, ModelConfig, SchedulerConfig, TransportName
@@ -95,6 +97,44 @@ def test_a_shared_prefix_is_neither_computed_nor_pulled_again(system: System, re
     assert record.finished.times.transfer_blocks == missing
     # Of the output, all but the first token were computed on D, and of the prompt none.
     assert after["decode"].computed_tokens - before["decode"].computed_tokens == MAX_TOKENS - 1
+
+
+def test_choices_are_computed_and_handed_over_once_and_each_is_as_if_alone(
+    system: System, reference: Reference
+) -> None:
+    prompt = reference.words(600, 5 * BLOCK + 7)
+
+    def outputs(salt: bytes, **sampling: float) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        with Client(system.address) as client:
+            for event in client.generate(token_ids=prompt, cache_salt=salt, ignore_eos=True, **sampling):
+                if isinstance(event, pb.TokenChunk):
+                    found.setdefault(event.choice, []).extend(event.token_ids)
+        return [found[choice] for choice in sorted(found)]
+
+    before = {worker.role: worker for worker in wait_for(system.address, is_at_rest).workers}
+    drawn = outputs(b"choices", n=5, max_tokens=10, temperature=1, seed=70)
+    after = {worker.role: worker for worker in wait_for(system.address, is_at_rest).workers}
+    assert after["prefill"].computed_tokens - before["prefill"].computed_tokens == len(prompt)
+    assert after["decode"].computed_tokens - before["decode"].computed_tokens == 5 * 9
+    assert after["decode"].pulled_blocks - before["decode"].pulled_blocks == math.ceil(len(prompt) / BLOCK)
+    assert len(set(map(tuple, drawn))) == 5
+    assert drawn == [outputs(b"", max_tokens=10, temperature=1, seed=70 + choice)[0] for choice in range(5)]
+    assert outputs(b"", n=3, max_tokens=MAX_TOKENS, temperature=0) == [list(reference.greedy(prompt))] * 3
+
+
+def test_a_guided_output_goes_on_exactly_behind_a_resume(system: System, reference: Reference) -> None:
+    asked = {"max_tokens": 24, "seed": 5, "regex": "[a-f]{3}-[0-9]{12}\\."}
+
+    def tokens(**more: object) -> list[int]:
+        with Client(system.address) as client:
+            events = list(client.generate("The code is", **asked, **more))
+        return [token for event in events if isinstance(event, pb.TokenChunk) for token in event.token_ids]
+
+    whole = tokens()
+    assert re.fullmatch(asked["regex"], reference.tokenizer.decode(whole, skip_special_tokens=True))
+    for length in (1, 4, len(whole) - 2):
+        assert tokens(resume_from=whole[:length]) == whole[length:]
 
 
 def test_tokens_come_one_by_one(system: System, reference: Reference) -> None:

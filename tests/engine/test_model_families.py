@@ -81,7 +81,7 @@ def test_prompt_logprobs_equal_eager_for_every_chunking(family: str, monkeypatch
                         token_ids=part,
                         start=start,
                         block_ids=tables[row],
-                        sample=SPEC if is_last else None,
+                        samples=(SPEC,) if is_last else (),
                         prompt_logprobs=0,
                         next_token_id=None if is_last else prompt[start + len(part)],
                     )
@@ -89,10 +89,12 @@ def test_prompt_logprobs_equal_eager_for_every_chunking(family: str, monkeypatch
             result = runner.execute(StepPlan(chunks=tuple(chunks)))
             # The same step with logits for the sampled rows alone.
             short = runner.execute(StepPlan(chunks=tuple(replace(chunk, prompt_logprobs=None) for chunk in chunks)))
-            assert {r: t.token_id for r, t in short.tokens.items()} == {r: t.token_id for r, t in result.tokens.items()}
+            assert {r: t.token_id for r, (t,) in short.tokens.items()} == {
+                r: t.token_id for r, (t,) in result.tokens.items()
+            }
             for request, entries in result.prompt_logprobs.items():
                 found[int(request)].extend(entry.logprob for entry in entries)
-            for request, token in result.tokens.items():
+            for request, (token,) in result.tokens.items():
                 assert token.logprob is not None
                 last[request] = (token.token_id, token.logprob.logprob)
         for row, prompt in enumerate(prompts):

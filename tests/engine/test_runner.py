@@ -34,18 +34,18 @@ def runner() -> ModelRunner:
 def chunk_of(
     tokens: list[int], blocks: list[int], *, start: int = 0, request: str = "r", params: SamplingParams | None = GREEDY
 ) -> Chunk:
-    spec = None if params is None else SampleSpec(params=params, prompt_token_ids=tokens, output_token_ids=[])
+    samples = () if params is None else (SampleSpec(params=params, prompt_token_ids=tokens, output_token_ids=[]),)
     return Chunk(
         request_id=RequestId(request),
         token_ids=tokens,
         start=start,
         block_ids=[BlockId(block) for block in blocks],
-        sample=spec,
+        samples=samples,
     )
 
 
 def logprob_of(runner: ModelRunner, chunk: Chunk) -> float:
-    token = runner.execute(StepPlan(chunks=(chunk,))).tokens[chunk.request_id]
+    (token,) = runner.execute(StepPlan(chunks=(chunk,))).tokens[chunk.request_id]
     assert token.logprob is not None
     return token.logprob.logprob
 
@@ -62,7 +62,7 @@ def test_copied_pages_are_there_before_the_step_runs(runner: ModelRunner) -> Non
     whole = logprob_of(runner, chunk_of(tokens, [0, 1]))
     fork = chunk_of(tokens[5:], [0, 2], start=5, request="fork")
     copied = StepPlan(chunks=(fork,), copies=(BlockCopy(source=BlockId(1), target=BlockId(2)),))
-    token = runner.execute(copied).tokens[fork.request_id]
+    (token,) = runner.execute(copied).tokens[fork.request_id]
     assert token.logprob is not None
     assert token.logprob.logprob == pytest.approx(whole, abs=1e-5)
 
@@ -83,8 +83,8 @@ def test_a_request_gives_the_same_alone_and_in_a_batch(runner: ModelRunner, leng
     runner.store.pages.fill_(float("nan"))
     together = runner.execute(StepPlan(chunks=tuple(chunks))).tokens
     for chunk in chunks:
-        alone = runner.execute(StepPlan(chunks=(chunk,))).tokens[chunk.request_id]
-        batched = together[chunk.request_id]
+        (alone,) = runner.execute(StepPlan(chunks=(chunk,))).tokens[chunk.request_id]
+        (batched,) = together[chunk.request_id]
         assert alone.token_id == batched.token_id
         assert alone.logprob is not None
         assert batched.logprob is not None

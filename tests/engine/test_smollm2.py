@@ -60,11 +60,11 @@ def test_greedy_equals_transformers_token_for_token() -> None:
                     token_ids=part,
                     start=done[row],
                     block_ids=tables[row],
-                    sample=spec if end >= len(prompt) else None,
+                    samples=(spec,) if end >= len(prompt) else (),
                 )
             )
             done[row] = end
-        for request, token in runner.execute(StepPlan(chunks=tuple(chunks))).tokens.items():
+        for request, (token,) in runner.execute(StepPlan(chunks=tuple(chunks))).tokens.items():
             outputs[int(request)].append(token.token_id)
     assert outputs == expected
 

@@ -210,7 +210,8 @@ class FakeWorker:
                 for command in batch.commands:
                     self.commands.append(command)
                     if isinstance(command, Prefill | Reserve):
-                        self._homes[command.request.request_id] = queue
+                        named = (command.request, *command.request.outputs)
+                        self._homes.update({request.request_id: queue for request in named})
                     self._handle(command)
 
     def _load(self) -> WorkerLoad:
@@ -243,11 +244,13 @@ class FakeWorker:
                 if command.is_moving:
                     self._moving_here.add(request.request_id)
                 if local:
-                    self._run(request, self._decode(request, attempt, request.output_token_ids))
+                    for output in request.outputs:
+                        self._run(output, self._decode(output, attempt, request.output_token_ids))
             case BlocksReady(request_id=request_id, attempt=attempt, first_token=first):
                 request = self._reserved.get((request_id, attempt))
                 if request is not None and first is not None:
-                    self._run(request, self._join(request, attempt, command.output, first))
+                    for output, token in zip(request.outputs, command.first_tokens or (first,), strict=True):
+                        self._run(output, self._join(output, attempt, command.output, token))
                 elif request is not None and request_id in self._moving_here:
                     num_blocks = command.first_block + len(command.blocks)
                     self.say(Copied(request_id=request_id, attempt=attempt, num_blocks=num_blocks))
@@ -299,15 +302,19 @@ class FakeWorker:
         token_id = next_token(request.token_ids)
         index = len(request.output_token_ids)
         is_last = index + 1 >= request.params.max_tokens
-        first = Tokens(
-            request_id=request.request_id,
-            attempt=attempt,
-            index=index,
-            token_ids=(token_id,),
-            finish_reason=FinishReason.LENGTH if is_last else None,
-            logprobs=_logprobs([token_id], request.params.logprobs),
-            prompt_logprobs=_logprobs(request.prompt_token_ids[1:], request.params.prompt_logprobs),
+        first_tokens = tuple(
+            Tokens(
+                request_id=output.request_id,
+                attempt=attempt,
+                index=index,
+                token_ids=(token_id,),
+                finish_reason=FinishReason.LENGTH if is_last else None,
+                logprobs=_logprobs([token_id], request.params.logprobs),
+                prompt_logprobs=_logprobs(request.prompt_token_ids[1:], request.params.prompt_logprobs),
+            )
+            for output in request.outputs
         )
+        marker = Tokens(request_id=request.request_id, attempt=attempt, index=index, token_ids=())
         self.say(
             BlocksReady(
                 request_id=request.request_id,
@@ -315,7 +322,8 @@ class FakeWorker:
                 lease=lease,
                 first_block=0,
                 blocks=tuple(SealedBlock(BlockId(n), 1, 0) for n in range(num_blocks)),
-                first_token=first,
+                first_token=marker if request.choices else first_tokens[0],
+                first_tokens=first_tokens if request.choices else (),
                 queue_s=0.001,
                 prefill_s=0.002,
             )

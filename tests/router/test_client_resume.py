@@ -41,7 +41,7 @@ class Router(InferenceServicer):
 
 
 @contextmanager
-def serving(*routers: Router) -> Iterator[list[str]]:
+def serving(*routers: InferenceServicer) -> Iterator[list[str]]:
     servers, addresses = [], []
     for router in routers:
         server = grpc.server(ThreadPoolExecutor(4))
@@ -96,12 +96,49 @@ def test_a_stream_that_gets_nowhere_ends_with_the_status(kind: str) -> None:
     assert len(router.requests) == 1 + client_module.MAX_RESUMES
 
 
+class SeveralChoices(InferenceServicer):
+    """Token i of choice c is 100 c + i, c + 3 tokens each, in turn. Breaks off each call as `breaks` says."""
+
+    def __init__(self, breaks: list[int]) -> None:
+        self.breaks = breaks
+        self.requests: list[pb.GenerateRequest] = []
+
+    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+        self.requests.append(request)
+        room = self.breaks.pop(0) if self.breaks else 1000
+        for message in self.messages(request):
+            if room == 0:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
+            room -= 1
+            yield message
+
+    def messages(self, request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
+        yield pb.GenerateResponse(started=pb.Started(seed=1000))
+        begun = [len(choice.ids) for choice in request.resume_choices] or [0] * request.sampling.n
+        for index in range(request.sampling.n + 3):
+            for choice, first in enumerate(begun):
+                if first <= index < choice + 3:
+                    chunk = pb.TokenChunk(index=index, token_ids=[100 * choice + index], choice=choice)
+                    yield pb.GenerateResponse(tokens=chunk)
+                if index == max(first, choice + 3) - (first < choice + 3):
+                    yield pb.GenerateResponse(finished=pb.Finished(finish_reason="length", choice=choice))
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_several_choices_are_not_continued_once_begun(kind: str) -> None:
-    router = Router([3])
-    with serving(router) as addresses, pytest.raises(ServerUnavailable):
-        read(addresses, kind, n=2)
-    assert len(router.requests) == 1
+@pytest.mark.parametrize("breaks", [[0], [1], [3], [6, 2, 4], [10] * 3, [1, 2, 3, 4, 5, 6], [15], [16]])
+def test_every_token_of_every_choice_comes_once_and_in_order(kind: str, breaks: list[int]) -> None:
+    router = SeveralChoices(breaks)
+    with serving(router) as addresses:
+        events = read(addresses, kind, n=3)
+    outputs: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for event in events:
+        if isinstance(event, pb.TokenChunk):
+            assert event.index == len(outputs[event.choice])
+            outputs[event.choice] += event.token_ids
+    assert outputs == {choice: [100 * choice + at for at in range(choice + 3)] for choice in range(3)}
+    assert sorted(event.choice for event in events if isinstance(event, pb.Finished)) == [0, 1, 2]
+    assert sum(isinstance(event, pb.Started) for event in events) == 1
+    assert all(request.sampling.seed == 1000 for request in router.requests if request.resume_choices)
 
 
 def test_a_caller_continues_with_the_tokens_that_it_has() -> None:

@@ -74,8 +74,10 @@ def test_choices_have_seeds_of_their_own() -> None:
             assert all(ids == expected_output(PROMPT, 5) for ids in tokens.values())
             assert sorted(r.finished.choice for r in responses if r.HasField("finished")) == [0, 1, 2]
             assert sum(response.HasField("started") for response in responses) == 1
-            seeds = {command.request.params.seed for command in cluster.workers[0].received(Prefill)}
-            assert seeds == {7, 8, 9}
+            (prefill,) = cluster.workers[0].received(Prefill)
+            (reserve,) = cluster.workers[1].received(Reserve)
+            assert prefill.request == reserve.request
+            assert [output.params.seed for output in prefill.request.outputs] == [7, 8, 9]
 
     asyncio.run(run())
 

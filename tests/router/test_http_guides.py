@@ -7,6 +7,7 @@ import json
 from itertools import pairwise
 from typing import Any
 
+import grpc
 import llguidance
 import pytest
 from http_fakes import client_of
@@ -14,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from router_fakes import FakeCluster, byte_tokenizer
 
+from duopool.client import generate_request
 from duopool.core.messages import Prefill
+from duopool.proto.status import read_status
 from duopool.router.http.tools import Tool, ToolCallParser, tool_guide
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -71,6 +74,46 @@ def test_every_way_to_say_what_the_output_is_becomes_a_grammar(asked: dict[str, 
     grammar = grammar_of(prompt="a", **asked)
     assert matches(grammar, right)
     assert not matches(grammar, wrong)
+
+
+async def generate(cluster: FakeCluster, **fields: Any) -> None:
+    async for _ in cluster.inference.Generate(generate_request("hi", max_tokens=4, **fields)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "same"),
+    [
+        ({"json_schema": SCHEMA}, {"type": "json_schema", "json_schema": {"schema": SCHEMA}}),
+        ({"json_schema": json.dumps(SCHEMA)}, {"type": "json_schema", "json_schema": {"schema": SCHEMA}}),
+        ({"json_object": True}, {"type": "json_object"}),
+        ({"regex": "[ab]+"}, {"type": "regex", "regex": "[ab]+"}),
+        ({"grammar": 'start: "x"'}, {"type": "grammar", "grammar": 'start: "x"'}),
+    ],
+)
+def test_grpc_and_http_give_the_same_grammar_also_behind_a_resume(asked: dict[str, Any], same: dict[str, Any]) -> None:
+    async def run() -> list[str]:
+        async with FakeCluster() as cluster:
+            await generate(cluster, **asked)
+            await generate(cluster, **asked, resume_from=[ord("{")])
+            await generate(cluster, **asked, n=2)
+            return [command.request.params.grammar for command in cluster.workers[0].received(Prefill)]
+
+    assert asyncio.run(run()) == [grammar_of(prompt="hi", response_format=same)] * 3
+
+
+def test_a_guide_that_cannot_be_compiled_is_refused_by_its_field() -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster:
+            for asked in ({"regex": "(a"}, {"grammar": "start: foo"}, {"json_schema": "{"}):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await generate(cluster, **asked)
+                status = read_status(caught.value)
+                assert (status.code, status.field) == (grpc.StatusCode.INVALID_ARGUMENT, f"guide.{next(iter(asked))}")
+
+    asyncio.run(run())
+    with pytest.raises(ValueError, match="at most one of"):
+        generate_request("hi", regex="a", json_object=True)
 
 
 def test_text_asks_for_nothing() -> None:

@@ -29,7 +29,7 @@ async def generate(cluster: FakeCluster, number: int, *, choices: int = 1) -> li
 
 def test_a_full_waiting_room_refuses_at_once_and_finishes_what_waits() -> None:
     async def run() -> None:
-        async with FakeCluster(max_num_waiting_tokens=3 * NUM_TOKENS) as cluster:
+        async with FakeCluster(max_num_waiting_tokens=3 * NUM_TOKENS - 1) as cluster:
             prefill = cluster.workers[0]
             prefill.refuse = NackReason.BUSY
             waiting = [asyncio.create_task(generate(cluster, number)) for number in (1, 2)]

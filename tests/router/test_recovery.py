@@ -90,6 +90,108 @@ def test_a_lost_decode_worker_costs_no_token() -> None:
     asyncio.run(run())
 
 
+async def read_choices(call, until=lambda outputs: False) -> dict[int, list[int]]:
+    """Tokens by choice, of which none is missing and none comes twice; stops early when `until` says so."""
+    outputs: dict[int, list[int]] = {}
+    async for response in call:
+        if response.HasField("tokens"):
+            output = outputs.setdefault(response.tokens.choice, [])
+            assert response.tokens.index == len(output)
+            output += response.tokens.token_ids
+        if until(outputs):
+            call.cancel()
+            break
+    return outputs
+
+
+def several(num_choices: int, max_tokens: int = 40) -> pb.GenerateRequest:
+    asked = request(max_tokens)
+    asked.sampling.n = num_choices
+    return asked
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 9])
+def test_a_worker_lost_at_any_time_costs_no_choice_a_token(role: str, num_tokens: int) -> None:
+    async def run() -> None:
+        async with FakeCluster(four(step_s=0.01)) as cluster:
+            seen: dict[int, list[int]] = {}
+
+            def watch(outputs: dict[int, list[int]]) -> bool:
+                seen.update(outputs)
+                return False
+
+            reading = asyncio.create_task(read_choices(cluster.inference.Generate(several(3)), watch))
+            await eventually(lambda: busy(cluster.workers, role) is not None or len(seen.get(0, ())) > num_tokens)
+            await eventually(lambda: len(seen.get(0, ())) >= num_tokens)
+            lost = busy(cluster.workers, role) or next(one for one in cluster.workers if one.role == role)
+            await lost.stop()
+            assert await reading == dict.fromkeys(range(3), expected_output(PROMPT, 40))
+
+    asyncio.run(run())
+
+
+def test_a_busy_decode_worker_makes_the_carrier_go_elsewhere_with_what_is_computed() -> None:
+    async def run() -> None:
+        workers = four(step_s=0.01)
+        workers[2].refuse = NackReason.BUSY
+        async with FakeCluster(workers) as cluster:
+            for _ in range(3):
+                outputs = await read_choices(cluster.inference.Generate(several(3, 5)))
+                assert outputs == dict.fromkeys(range(3), expected_output(PROMPT, 5))
+            prefills = [command for worker in workers for command in worker.received(Prefill)]
+            assert len({command.request.request_id for command in prefills}) == 3
+
+    asyncio.run(run())
+
+
+def test_several_choices_go_on_behind_what_each_has_delivered() -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster:
+            whole = expected_output(PROMPT, 9)
+            asked = several(3, 9)
+            asked.resume_choices.extend(pb.TokenIds(ids=whole[:length]) for length in (4, 0, 9))
+            outputs: dict[int, list[int]] = {0: whole[:4], 1: [], 2: whole}
+            ended = []
+            async for response in cluster.inference.Generate(asked):
+                if response.HasField("tokens"):
+                    assert response.tokens.index == len(outputs[response.tokens.choice])
+                    outputs[response.tokens.choice] += response.tokens.token_ids
+                elif response.HasField("finished"):
+                    ended.append((response.finished.choice, response.finished.usage.completion_tokens))
+            assert outputs == dict.fromkeys(range(3), whole)
+            assert sorted(ended) == [(0, 9), (1, 9), (2, 9)]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("field", ["resume_from", "resume_choices"])
+def test_what_is_resumed_must_fit_the_choices(field: str) -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster:
+            asked = several(3)
+            asked.resume_from.ids.extend([1] if field == "resume_from" else [])
+            asked.resume_choices.extend([pb.TokenIds(ids=[1])] if field == "resume_choices" else [])
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read_choices(cluster.inference.Generate(asked))
+            assert read_status(caught.value).field == field
+
+    asyncio.run(run())
+
+
+def test_a_call_of_several_choices_that_is_given_up_leaves_nothing() -> None:
+    async def run() -> None:
+        async with FakeCluster(four(step_s=0.01)) as cluster:
+            for num_tokens in (0, 1, 5):
+                call = cluster.inference.Generate(several(4))
+                await read_choices(call, lambda outputs, most=num_tokens: len(outputs.get(0, ())) >= most)
+                await eventually(lambda: cluster.router.pools.num_requests == 0)
+                await eventually(lambda: not any(worker.running for worker in cluster.workers))
+            assert cluster.router.pools.lives == ()
+
+    asyncio.run(run())
+
+
 def test_a_lost_prefill_worker_is_replaced_before_the_first_token() -> None:
     async def run() -> None:
         async with FakeCluster(four(step_s=0.1)) as cluster:

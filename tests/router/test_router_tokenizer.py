@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import llguidance
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from router_fakes import TEMPLATE, byte_tokenizer
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from duopool.core.errors import InvalidRequest, ModelNotFound
 from duopool.router.tokenizer import Tokenizer as RouterTokenizer
@@ -100,3 +103,37 @@ def test_folders_without_a_tokenizer_and_models_without_chat_say_so(tmp_path: Pa
     refusing = RouterTokenizer(byte_tokenizer(), chat_template="{{ raise_exception('only one system message') }}")
     with pytest.raises(InvalidRequest, match="only one system message"):
         refusing.encode_chat(CHAT)
+
+
+def pieces_with_bytes() -> Tokenizer:
+    """As SentencePiece has it: a mark for a blank, and single bytes for what has no piece."""
+    pieces = ["\u2581the", "\u2581", "the", "\u00e9", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: n for n, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_level, pieces_with_bytes])
+def test_the_bytes_of_a_token_are_those_that_llguidance_reads(make) -> None:
+    backend = make()
+    ours, theirs = RouterTokenizer(backend), llguidance.LLTokenizer(backend.to_str())
+    *ids, last = (token_id for token_id in range(ours.num_ids) if token_id not in ours.special_ids)
+    assert ours.spelling_of(last)[1] == b"\xff", "which is a mark of llguidance's own"
+    assert [ours.spelling_of(token_id)[1] for token_id in ids] == [theirs.decode_bytes([token_id]) for token_id in ids]
+    assert ours.spelling_of(ours.num_ids - 1)[1] in (b"<s>", b"</s>")
+
+
+@given(st.text())
+def test_the_bytes_of_all_tokens_are_those_of_the_text(text: str) -> None:
+    tokenizer = RouterTokenizer(byte_level())
+    assert b"".join(tokenizer.spelling_of(token_id)[1] for token_id in tokenizer.encode(text)) == text.encode()
+
+
+def test_a_part_of_a_character_has_its_byte_and_no_text_of_its_own() -> None:
+    tokenizer = RouterTokenizer(byte_level())
+    parts = [tokenizer.spelling_of(token_id) for token_id in tokenizer.encode("\u20ac")]
+    assert [token_bytes for _, token_bytes in parts] == [b"\xe2", b"\x82", b"\xac"]
+    assert {text for text, _ in parts} == {"\ufffd"}

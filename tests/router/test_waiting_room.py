@@ -71,6 +71,17 @@ def test_who_would_wait_past_the_deadline_is_refused_and_who_has_time_is_not() -
             room.check(10, max_tokens=99, time_left_s=0.0)
 
 
+def test_a_newcomer_waits_for_its_own_priority_and_earlier_ones() -> None:
+    room, clock = room_of(max_num_tokens=1000)
+    drain(room, clock, tokens=10, seconds=1.0, times=5)
+    with room.enter([100], max_tokens=1, time_left_s=None, priority=2):
+        room.check(10, max_tokens=1, time_left_s=5.0, priority=1)
+        for priority in (2, 3):
+            with pytest.raises(Overloaded, match="the wait is 11"):
+                room.check(10, max_tokens=1, time_left_s=5.0, priority=priority)
+    room.check(10, max_tokens=1, time_left_s=5.0, priority=3)
+
+
 def test_nobody_waits_longer_than_the_limit() -> None:
     room, clock = room_of(max_wait_s=7.5)
     drain(room, clock, tokens=10, seconds=1.0, times=20)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import grpc
 import tokenizers
 
-from duopool.core.types import RequestId
+from duopool.core.types import FinishReason, RequestId
 from duopool.proto import inference_pb2 as pb
 from duopool.router.tokenizer import Tokenizer
 
@@ -27,6 +27,14 @@ MAX_BACKOFF_S = 1.0
 
 
 @dataclass(slots=True)
+class Output:
+    """One choice, over all calls."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+
+
+@dataclass(slots=True)
 class Client:
     """One request of one client, over as many calls as it takes."""
 
@@ -35,16 +43,24 @@ class Client:
     network: Network
     routers: tuple[str, ...]
     laws: Laws
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
+    outputs: list[Output] = field(init=False)
     endings: list[str] = field(default_factory=list)
     """Every terminal event; there must be one."""
     details: str = ""
     """What the last failed call said."""
     num_calls: int = 0
     router_id: RequestId | None = None
-    """What the router of this call named it: it tells when the client sends no name of its own."""
+    """What the router of this call named its first choice: it tells when the client sends no name of its own."""
+    _finished: set[int] = field(default_factory=set)
+    """Choices whose last message has come in this call."""
     _task: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.outputs = [Output() for _ in range(self.ask.num_choices)]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(output.tokens) for output in self.outputs)
 
     def start(self) -> None:
         self._task = self.process.loop.create_task(self.run())
@@ -87,6 +103,7 @@ class Client:
         """One call; its error, or None after an ending."""
         router = self.routers[self.num_calls % len(self.routers)]
         self.num_calls += 1
+        self._finished.clear()
         metadata = {} if left_s is None else {"timeout_s": str(left_s)}
         stream = self.network.open(self.process, f"{router}:1", router, GENERATE, metadata)
         stream.to_server.send(Message(self._request()))
@@ -99,7 +116,6 @@ class Client:
             stream.cancel()
 
     async def _listen(self, stream: Stream) -> grpc.StatusCode | None:
-        has_finished = False
         while True:
             try:
                 async with asyncio.timeout(KEEPALIVE_S):
@@ -110,16 +126,16 @@ class Client:
                 continue
             if isinstance(item, End):
                 if item.code is grpc.StatusCode.OK:
-                    if not has_finished:
+                    if not self._has_finished:
                         self._breach("its stream ended well without a last message")
                         self._end("nothing")
                     return None
                 self.details = item.details
-                return None if has_finished else item.code
-            if has_finished:
+                return None if self._has_finished else item.code
+            if self._has_finished:
                 self._breach("a message came behind the last one")
-            has_finished = self._take(pb.GenerateResponse.FromString(item.data))
-            if self.ask.cancel_after_tokens is not None and len(self.tokens) >= self.ask.cancel_after_tokens:
+            self._take(pb.GenerateResponse.FromString(item.data))
+            if self.ask.cancel_after_tokens is not None and self.num_tokens >= self.ask.cancel_after_tokens:
                 if not self.endings:
                     self._end("cancelled")
                 return None
@@ -133,47 +149,66 @@ class Client:
                 seed=ask.params.seed,
                 temperature=ask.params.temperature,
                 ignore_eos=ask.params.ignore_eos,
+                n=ask.num_choices,
             ),
             cache_salt=ask.salt,
         )
-        if self.tokens:
-            request.resume_from.CopyFrom(pb.TokenIds(ids=self.tokens))
+        outputs = [pb.TokenIds(ids=output.tokens) for output in self.outputs]
+        if self.num_tokens and len(outputs) == 1:
+            request.resume_from.CopyFrom(outputs[0])
+        elif self.num_tokens:
+            request.resume_choices.extend(outputs)
         return request.SerializeToString()
 
-    def _take(self, response: pb.GenerateResponse) -> bool:
-        """True at the last message."""
+    @property
+    def _has_finished(self) -> bool:
+        """The last message of the call has come."""
+        return len(self._finished) == len(self.outputs)
+
+    def _take(self, response: pb.GenerateResponse) -> None:
         match response.WhichOneof("event"):
             case "started":
                 self.router_id = RequestId(response.started.request_id)
             case "tokens":
-                if self.router_id is not None:
-                    self.laws.fence.client_hears(self.router_id, response.tokens.index)
-                if response.tokens.index != len(self.tokens):
-                    self._breach(f"index {response.tokens.index} came when {len(self.tokens)} was next")
-                self.tokens += response.tokens.token_ids
-                self.text += response.tokens.text
-                expected, _ = expected_output(self.ask.prompt, self.ask.params)
-                if tuple(self.tokens) != expected[: len(self.tokens)]:
-                    self._breach(f"its tokens are {self.tokens}, not {list(expected[: len(self.tokens)])}")
+                self._take_tokens(response.tokens)
             case "finished":
-                expected, reason = expected_output(self.ask.prompt, self.ask.params)
-                if tuple(self.tokens) != expected or response.finished.finish_reason != reason.value:
-                    self._breach(
-                        f"ended with {len(self.tokens)} of {len(expected)} tokens "
-                        f"and {response.finished.finish_reason!r}, not {reason.value!r}"
-                    )
-                if self.text != "".join(map(text_of, self.tokens)):
-                    self._breach(f"its text is {self.text!r}")
-                self._end("finished")
-                return True
+                self._take_end(response.finished)
             case _:
                 pass
-        return False
+
+    def _take_tokens(self, chunk: pb.TokenChunk) -> None:
+        output, expected = self.outputs[chunk.choice], self._expected(chunk.choice)[0]
+        if self.router_id is not None and chunk.choice == 0:
+            self.laws.fence.client_hears(self.router_id, chunk.index)
+        if chunk.index != len(output.tokens):
+            self._breach(f"index {chunk.index} of choice {chunk.choice} came when {len(output.tokens)} was next")
+        output.tokens += chunk.token_ids
+        output.text += chunk.text
+        if tuple(output.tokens) != expected[: len(output.tokens)]:
+            self._breach(f"tokens of choice {chunk.choice} are {output.tokens}, not {list(expected)}")
+
+    def _take_end(self, finished: pb.Finished) -> None:
+        output, (expected, reason) = self.outputs[finished.choice], self._expected(finished.choice)
+        if finished.choice in self._finished:
+            self._breach(f"choice {finished.choice} ended twice in one call")
+        self._finished.add(finished.choice)
+        if tuple(output.tokens) != expected or finished.finish_reason != reason.value:
+            self._breach(
+                f"choice {finished.choice} ended with {len(output.tokens)} of {len(expected)} tokens "
+                f"and {finished.finish_reason!r}, not {reason.value!r}"
+            )
+        if output.text != "".join(map(text_of, output.tokens)):
+            self._breach(f"the text of choice {finished.choice} is {output.text!r}")
+        if self._has_finished:
+            self._end("finished")
+
+    def _expected(self, choice: int) -> tuple[tuple[int, ...], FinishReason]:
+        return expected_output(self.ask.prompt, self.ask.of_choice(choice))
 
     def _end(self, ending: str) -> None:
         self.endings.append(ending)
         self.laws.ended_at[self.ask.params.seed] = self.network.time.now
-        self.network.history.note("client", f"request {self.ask.params.seed}: {ending}, {len(self.tokens)} tokens")
+        self.network.history.note("client", f"request {self.ask.params.seed}: {ending}, {self.num_tokens} tokens")
         if len(self.endings) > 1:
             self._breach(f"has more than one ending: {', '.join(self.endings)}")
 

@@ -14,6 +14,7 @@ from .client import Client
 from .cluster import Cluster
 from .scenario import (
     CHAOS_S,
+    SEEDS_APART,
     THERE,
     Abandon,
     Break,
@@ -103,7 +104,7 @@ class Faults:
             case Abandon():
                 seed = None if request_id is None else laws.ask_of.get(request_id)
                 for client in self._clients:
-                    if client.ask.params.seed == seed:
+                    if seed is not None and client.ask.params.seed == seed - seed % SEEDS_APART:
                         client.process.plan(0.0, client.abandon)
 
     def _perturb(self, wild: Wild, kind: str, data: bytes) -> list[tuple[float, bytes]]:

@@ -33,17 +33,21 @@ class Fence:
     def __init__(self, breach: Callable[[str], None]) -> None:
         self._breach = breach
         self._told: dict[RequestId, _Told] = defaultdict(_Told)
+        self._carried: dict[RequestId, tuple[RequestId, ...]] = {}
+        """Choices by their carrier."""
 
     def router_says(self, command: Command) -> None:
         """A command leaves a router."""
         match command:
             case Prefill(request=request, attempt=attempt):
-                self._begin(request.request_id, attempt)
+                self._carried[request.request_id] = tuple(choice.request_id for choice in request.choices)
+                self._begin_all(request.request_id, attempt)
             case Reserve(request=request, attempt=attempt, local_prefill=True):
                 # A Reserve of any other kind comes with a Prefill or a Rebind, or is for a shadow.
-                self._begin(request.request_id, attempt)
+                self._carried[request.request_id] = tuple(choice.request_id for choice in request.choices)
+                self._begin_all(request.request_id, attempt)
             case Rebind(request_id=request_id, attempt=attempt):
-                self._begin(request_id, attempt)
+                self._begin_all(request_id, attempt)
             case Cancel(request_id=request_id, attempt=attempt):
                 told = self._told[request_id]
                 if attempt == told.current:
@@ -57,8 +61,10 @@ class Fence:
         """A worker's message comes in at a router."""
         if isinstance(event, Joined) and event.attempt not in self._told[event.request_id].dropped:
             self._begin(event.request_id, event.attempt)
-        tokens = event.first_token if isinstance(event, BlocksReady) else event
-        if isinstance(tokens, Tokens):
+        heard = (event.first_token, *event.first_tokens) if isinstance(event, BlocksReady) else (event,)
+        for tokens in heard:
+            if not isinstance(tokens, Tokens):
+                continue
             told = self._told[tokens.request_id]
             is_stale = tokens.attempt < told.current or tokens.attempt in told.dropped
             (told.stale if is_stale else told.fresh).add(tokens.index)
@@ -68,6 +74,10 @@ class Fence:
         told = self._told[request_id]
         if index in told.stale and index not in told.fresh:
             self._breach(f"token {index} of {request_id[:6]} was taken from an attempt that had been given up")
+
+    def _begin_all(self, request_id: RequestId, attempt: int) -> None:
+        for each in (request_id, *self._carried.get(request_id, ())):
+            self._begin(each, attempt)
 
     def _begin(self, request_id: RequestId, attempt: int) -> None:
         told = self._told[request_id]

@@ -34,7 +34,7 @@ from duopool.core.worker import Addressed, SessionId, Worker
 
 from .fence import Fence
 from .model import expected_output, expected_pages
-from .scenario import MOMENTS, Ask
+from .scenario import MOMENTS, SEEDS_APART, Ask
 
 
 @dataclass(slots=True)
@@ -55,6 +55,7 @@ class Laws:
     ended_at: dict[int, float] = field(default_factory=dict)
     """When the client had its last message, or did not want any more."""
     ask_of: dict[RequestId, int] = field(default_factory=dict)
+    """The seed of every request."""
     verdicts: set[tuple[LeaseId, int]] = field(default_factory=set)
     """(lease, attempt) that a prefill worker has confirmed."""
 
@@ -139,7 +140,8 @@ class WatchedWorker:
         """A step works for a request: `chunk.request_id` is `request/attempt`."""
         laws, now = self._laws, self._laws.clock()
         request_id = RequestId(chunk.request_id.split("/")[0])
-        ended_at = laws.ended_at.get(laws.ask_of.get(request_id, -1))
+        seed = laws.ask_of.get(request_id, -1)
+        ended_at = laws.ended_at.get(seed - seed % SEEDS_APART)
         if ended_at is not None and now > max(ended_at, laws.quiet_from) + laws.patience_s:
             self._breach(f"computes for {chunk.request_id[:6]}, which nobody has wanted since {ended_at:.4f}")
 
@@ -161,7 +163,8 @@ class WatchedWorker:
         self._tell(command)
         match command:
             case Prefill(request=request, attempt=attempt) | Reserve(request=request, attempt=attempt):
-                self._laws.ask_of[request.request_id] = request.params.seed
+                for each in (request, *request.outputs):
+                    self._laws.ask_of[each.request_id] = each.params.seed
                 seen = self._requests[request.request_id]
                 seen.newest = max(seen.newest, attempt)
             case Rebind(request_id=request_id, attempt=attempt, lease_id=lease_id):
@@ -174,8 +177,9 @@ class WatchedWorker:
             case Stay(request_id=request_id, attempt=attempt):
                 seen = self._requests[request_id]
                 seen.newest = max(seen.newest, attempt + 1)
-            case BlocksReady(request_id=request_id, attempt=attempt, lease=lease):
-                self._requests[request_id].leases[attempt] = lease.lease_id
+            case BlocksReady(request_id=request_id, attempt=attempt, lease=lease, first_tokens=first_tokens):
+                for each in (request_id, *(tokens.request_id for tokens in first_tokens)):
+                    self._requests[each].leases[attempt] = lease.lease_id
             case _:
                 pass
 
@@ -224,10 +228,11 @@ class WatchedWorker:
 
     def _check_content(self, event: BlocksReady) -> None:
         """What is sealed must be the KV of this very prefix: the digest says so."""
-        ask = self._laws.asks.get(self._laws.ask_of.get(event.request_id, -1))
+        seed = self._laws.ask_of.get(event.request_id, -1)
+        ask = self._laws.asks.get(seed - seed % SEEDS_APART)
         if ask is None or not self._laws.has_digests:
             return
-        pages = expected_pages(ask.prompt + expected_output(ask.prompt, ask.params)[0])
+        pages = expected_pages(ask.prompt + expected_output(ask.prompt, ask.of_choice(seed % SEEDS_APART))[0])
         last = event.first_block + len(event.blocks) - (event.first_token is not None)  # the last one may be half full
         for index, block in enumerate(event.blocks, event.first_block):
             if index < min(last, len(pages)) and zlib.crc32(pages[index]) != block.digest:

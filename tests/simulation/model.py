@@ -65,14 +65,16 @@ class SimulatedRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         step_s = self._step_s(plan)
         self._pause(step_s / 2)
+        for copy in plan.copies:
+            self._pages.page(copy.target)[:] = self._pages.page(copy.source)
         tokens = {}
         for chunk in plan.chunks:
             self._watch(chunk)
             self._write(chunk)
-            if chunk.sample is not None:
-                end = chunk.start + len(chunk.token_ids)
-                token_id = token_after(self._context(chunk, end), chunk.sample.params.seed)
-                tokens[chunk.request_id] = SampledToken(token_id=token_id)
+            if chunk.samples:
+                context = self._context(chunk, chunk.start + len(chunk.token_ids))
+                seeds = (spec.params.seed for spec in chunk.samples)
+                tokens[chunk.request_id] = tuple(SampledToken(token_id=token_after(context, seed)) for seed in seeds)
         self._pause(step_s / 2)
         return StepResult(tokens=tokens)
 

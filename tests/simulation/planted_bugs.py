@@ -22,6 +22,7 @@ from duopool.core.handoff.slot import GiveBack, SlotPhase
 from duopool.core.handoff.tombstones import Tombstones
 from duopool.core.kv_manager import KVCacheManager
 from duopool.core.messages import Cancel, Tokens, Verdict
+from duopool.decode_worker.scheduler import DecodeScheduler
 from duopool.decode_worker.worker import DecodeWorker
 from duopool.engine.leases import LeaseBook
 from duopool.engine.outbox import Outbox
@@ -283,6 +284,17 @@ def verdicts_always_good() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def newest_block_shared() -> Iterator[None]:
+    """Choices of one prompt write to the block that they share."""
+
+    def keep(self: Any, fork: Any) -> None:
+        fork.is_fork = False
+
+    with patch.object(DecodeScheduler, "_own_newest_block", keep):
+        yield
+
+
 PLANTS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -305,5 +317,6 @@ PLANTS: dict[str, Plant] = {
         any_attempt_validates,
         blocks_freed_under_a_step,
         verdicts_always_good,
+        newest_block_shared,
     )
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from duopool.core.config import HandoffConfig, SchedulerConfig
@@ -13,7 +13,7 @@ from .model import VOCAB_SIZE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """One client's request; `params.seed` is its own and names it in every message."""
+    """One client's request; `params.seed` and those of its choices are its own, and name it in every message."""
 
     at: float
     prompt: tuple[int, ...]
@@ -22,6 +22,10 @@ class Ask:
     timeout_s: float | None
     cancel_after_s: float | None
     cancel_after_tokens: int | None
+    num_choices: int = 1
+
+    def of_choice(self, choice: int) -> SamplingParams:
+        return replace(self.params, seed=self.params.seed + choice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +152,8 @@ class Scenario:
         return self.prefill + self.decode
 
 
+SEEDS_APART = 16
+"""Seeds of choices count up from their request's."""
 CHAOS_S = 4.0
 """Faults befall the system before this."""
 FAST = {"heartbeat_s": 0.1, "lease_ttl_s": 1.5, "orphan_ttl_s": 0.6, "progress_watchdog_s": 0.6}
@@ -200,7 +206,7 @@ def _asks(random: Random, *, needs_deadline: bool, within_s: float) -> tuple[Ask
                 prompt=prompt,
                 params=SamplingParams(
                     max_tokens=random.choice((1, 2, 5, 12, 24, 40)),
-                    seed=1000 + index,
+                    seed=SEEDS_APART * (64 + index),
                     temperature=0.0,
                     ignore_eos=random.random() < 0.8,
                 ),
@@ -208,6 +214,7 @@ def _asks(random: Random, *, needs_deadline: bool, within_s: float) -> tuple[Ask
                 timeout_s=random.uniform(0.3, 6.0) if needs_deadline or random.random() < 0.1 else None,
                 cancel_after_s=random.uniform(0.0, 1.0) if end < 0.12 else None,
                 cancel_after_tokens=random.randint(1, 8) if 0.12 <= end < 0.24 else None,
+                num_choices=random.choice((1, 1, 1, 2, 4)),
             )
         )
     return tuple(asks)

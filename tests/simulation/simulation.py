@@ -68,8 +68,7 @@ class Simulation:
             if not laws.breaches:
                 self._settle()
         except Exception as error:
-            laws.breach(f"the simulation itself failed: {error!r}")
-            raise
+            laws.breach(f"the simulation itself failed: {_where(error)}")
         finally:
             outcome_s = time.now
             self.history.is_closed = True
@@ -109,7 +108,7 @@ class Simulation:
         laws = self.laws
         for client in self.clients:
             if not client.endings:
-                laws.breach(f"request {client.ask.params.seed} has not ended, {len(client.tokens)} tokens came")
+                laws.breach(f"request {client.ask.params.seed} has not ended, {client.num_tokens} tokens came")
             elif client.endings[0].startswith("failed") and not self._may_fail(client):
                 laws.breach(f"request {client.ask.params.seed} {client.endings[0]}: {client.details}")
         timers = self.scenario.timers

@@ -17,7 +17,7 @@ from duopool.proto import inference_pb2 as pb
 
 from .client import Client
 from .network import Network
-from .scenario import FAST, Ask, Drain, Planned, Scenario
+from .scenario import FAST, SEEDS_APART, Ask, Drain, Planned, Scenario
 from .simulation import Simulation
 
 STEP_S = 0.05
@@ -45,7 +45,7 @@ def scenario(seed: int) -> Scenario:
             Ask(
                 at=0.3,
                 prompt=tuple((7 * index + at) % 20 + 1 for at in range(5 + 6 * index)),
-                params=SamplingParams(max_tokens=60, seed=1000 + index, temperature=0.0, ignore_eos=True),
+                params=SamplingParams(max_tokens=60, seed=SEEDS_APART * (64 + index), temperature=0.0, ignore_eos=True),
                 salt=b"",
                 timeout_s=None,
                 cancel_after_s=None,
@@ -62,7 +62,7 @@ def test_a_moved_stream_stands_still_for_two_steps_at_most(monkeypatch: pytest.M
     homes: dict[int, list[str]] = defaultdict(list)
     take = Client._take
 
-    def watch(client: Client, response: pb.GenerateResponse) -> bool:
+    def watch(client: Client, response: pb.GenerateResponse) -> None:
         match response.WhichOneof("event"):
             case "started":
                 homes[id(client)].append(response.started.decode_worker)
@@ -70,7 +70,7 @@ def test_a_moved_stream_stands_still_for_two_steps_at_most(monkeypatch: pytest.M
                 arrivals[id(client)].append(client.network.time.now)
             case "finished":
                 homes[id(client)].append(response.finished.decode_worker)
-        return take(client, response)
+        take(client, response)
 
     def arrival(network: Network, source: str, target: str) -> float:
         return network.time.now + 0.0002 + 0.001 * network._random.random()

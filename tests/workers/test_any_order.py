@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from worker_fakes import BLOCK_SIZE, Pair, expected_stream, make_pair
 
-from duopool.core.messages import BlocksReady, Command, GenerationRequest, Prefill, Reserve
+from duopool.core.messages import BlocksReady, Cancel, Choice, Command, GenerationRequest, Prefill, Reserve
+from duopool.core.types import RequestId
 
 NAMES = st.sampled_from(["r0", "r1", "r2", "r3"])
+ANY_NAMES = st.one_of(NAMES, st.sampled_from(["r0a", "r0b", "r1a", "r1c", "r2b"]))
+"""Carriers' choices have a letter."""
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -32,16 +36,48 @@ class AnyOrder(RuleBasedStateMachine):
         )
         self.pair.reader.is_counted = is_counted
         self.requests: dict[str, GenerationRequest] = {}
+        self.carriers: dict[str, GenerationRequest] = {}
         self.attempts: dict[str, int] = {}
         self.said: list[tuple[bool, Command]] = []
 
-    @rule(name=NAMES, shared=st.integers(0, 12), own=st.integers(1, 8), is_local=st.booleans(), rest=st.integers(1, 8))
-    def send(self, name: str, shared: int, own: int, is_local: bool, rest: int) -> None:
+    @rule(
+        name=NAMES,
+        shared=st.integers(0, 12),
+        own=st.integers(1, 8),
+        is_local=st.booleans(),
+        rest=st.integers(1, 8),
+        num_choices=st.sampled_from([1, 1, 2, 3]),
+    )
+    def send(self, name: str, shared: int, own: int, is_local: bool, rest: int, num_choices: int = 1) -> None:
         """A new request, or another attempt of a known one behind what it has emitted."""
         pair = self.pair
-        if name not in self.requests:
+        if name not in self.requests and name not in self.carriers:
             prompt = [*range(shared), *[int(name[1])] * own]
-            self.requests[name] = pair.request(name, prompt, max_tokens=rest, ignore_eos=True)
+            request = pair.request(name, prompt, max_tokens=rest, ignore_eos=True)
+            if num_choices == 1:
+                self.requests[name] = request
+            else:
+                choices = tuple(Choice(RequestId(name + "abc"[seed]), seed) for seed in range(num_choices))
+                self.carriers[name] = carrier = msgspec.structs.replace(request, choices=choices)
+                self.requests |= {str(output.request_id): output for output in carrier.outputs}
+        if name in self.carriers:
+            self.send_carrier(self.carriers[name], is_local=is_local)
+        else:
+            self.send_again(name, is_local=is_local)
+
+    def send_carrier(self, carrier: GenerationRequest, *, is_local: bool) -> None:
+        """Once it has brought a token, its choices go on by themselves."""
+        names = [str(output.request_id) for output in carrier.outputs]
+        if any(self.pair.streams.get(name) for name in names):
+            for name in names:
+                self.send_again(name, is_local=is_local)
+            return
+        attempt = self.attempts.get(carrier.request_id, 0) + 1
+        self.attempts |= dict.fromkeys([carrier.request_id, *names], attempt)
+        self.say_both(carrier, attempt, is_local=is_local)
+
+    def send_again(self, name: str, *, is_local: bool) -> None:
+        pair = self.pair
         if name in pair.finished:
             return
         first = self.requests[name]
@@ -53,6 +89,9 @@ class AnyOrder(RuleBasedStateMachine):
             params=first.params,
         )
         attempt = self.attempts[name] = self.attempts.get(name, 0) + 1
+        self.say_both(request, attempt, is_local=is_local)
+
+    def say_both(self, request: GenerationRequest, attempt: int, *, is_local: bool) -> None:
         if not is_local:
             self.say(True, Prefill(request=request, attempt=attempt))
         self.say(False, Reserve(request=request, attempt=attempt, local_prefill=is_local))
@@ -85,16 +124,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.pair.reader.run(choice.randrange(len(self.pair.reader.pending)), error=error)  # type: ignore[attr-defined]
         self.pair.collect()
 
-    @rule(name=NAMES, is_for_prefill=st.booleans())
+    @rule(name=ANY_NAMES, is_for_prefill=st.booleans())
     def cancel_on_one_side(self, name: str, is_for_prefill: bool) -> None:
         """The other side does not hear of it: its timers must do."""
         if name in self.attempts:
-            from duopool.core.messages import Cancel
-            from duopool.core.types import RequestId
-
             self.say(is_for_prefill, Cancel(request_id=RequestId(name), attempt=self.attempts[name]))
 
-    @rule(name=NAMES, is_for_prefill=st.booleans())
+    @rule(name=ANY_NAMES, is_for_prefill=st.booleans())
     def cancel_during_a_step(self, name: str, is_for_prefill: bool) -> None:
         pair = self.pair
         runner = pair.prefill_runner if is_for_prefill else pair.decode_runner
@@ -125,23 +161,26 @@ class AnyOrder(RuleBasedStateMachine):
             assert stream == whole[: len(stream)]
             assert (name in self.pair.finished) == (stream == whole)
 
+    def send_all(self) -> None:
+        carried = {choice.request_id for carrier in self.carriers.values() for choice in carrier.choices}
+        for name in [*self.carriers, *(name for name in self.requests if name not in carried)]:
+            self.send(name, 0, 1, False, 1)
+
     def teardown(self) -> None:
         """Every request is finished by a last attempt, and then nothing is held."""
         if not hasattr(self, "pair"):
             return
         pair = self.pair
-        for name in list(self.requests):
-            self.send(name, 0, 1, False, 1)
+        self.send_all()
         pair.pass_time(0.1)
         for _ in range(3):  # one that lost its lease or its turn gets another attempt
             pair.run()
-            for name in list(self.requests):
-                self.send(name, 0, 1, False, 1)
+            self.send_all()
         pair.run()
         self.streams_are_right_so_far()
         assert set(pair.finished) == set(self.requests)
-        for name in self.requests:
-            pair.cancel(name, self.attempts[name])
+        for name, attempt in self.attempts.items():
+            pair.cancel(name, attempt)
         pair.pass_time(6.0)
         pair.run_reads()
         pair.assert_nothing_is_held()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from worker_fakes import ROUTER, Pair, expected_stream, make_pair
 
@@ -34,6 +35,39 @@ def test_the_earliest_deadline_is_served_first_and_those_without_one_in_their_or
     order = [event.request_id for event in pair.events if isinstance(event, BlocksReady) and event.first_token]
     assert order == ["soon", "late", "first", "second"]
     assert list(pair.finished) == order
+
+
+def test_priority_goes_before_the_deadline_and_is_preempted_last() -> None:
+    pair = make_pair(prefill={"max_num_seqs": 1}, decode={"max_num_seqs": 1})
+    asked = (("later", 1, 0.5), ("plain", 0, None), ("soon", 0, 5.0), ("first", -3, None))
+    for name, priority, deadline_s in asked:
+        request = pair.request(name, [ord(name[0]) % 40] * 6, max_tokens=2, ignore_eos=True)
+        pair.send(msgspec.structs.replace(request, priority=priority), deadline_s=deadline_s)
+    pair.run()
+    order = [event.request_id for event in pair.events if isinstance(event, BlocksReady) and event.first_token]
+    assert order == ["first", "soon", "plain", "later"]
+    assert list(pair.finished)[-1] == "later"
+
+
+def test_the_request_of_the_least_priority_gives_its_blocks_up_first() -> None:
+    pair = make_pair(num_decode_blocks=12, decode={"watermark": 0.0})
+    for number, priority in enumerate((5, 0, 1)):
+        request = pair.request(f"r{number}", [number] * 6, max_tokens=24, ignore_eos=True)
+        request = msgspec.structs.replace(request, priority=priority)
+        pair.to_decode(Reserve(request=request, attempt=1, local_prefill=True))
+    waits: list[str] = []
+    for _ in range(200):
+        pair.step_decode()
+        pair.decode.check()
+        waits += [table.removesuffix("/1") for table in _waiting(pair) if pair.decode.load().num_preemptions]
+    assert waits[0] == "r0"
+    assert list(pair.finished) == ["r1", "r2", "r0"]
+    pair.assert_nothing_is_held()
+
+
+def _waiting(pair: Pair) -> list[str]:
+    alive = {f"r{number}/1" for number in range(3) if f"r{number}" not in pair.finished}
+    return sorted(table for table in alive if not pair.decode_manager.has(RequestId(table)))
 
 
 def test_nobody_is_overtaken_for_ever() -> None:

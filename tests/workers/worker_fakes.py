@@ -38,7 +38,7 @@ from duopool.core.messages import (
     Verdict,
 )
 from duopool.core.sampling_params import SamplingParams
-from duopool.core.step import NO_TOKEN, Chunk, SampledToken, StepPlan, StepResult
+from duopool.core.step import NO_TOKEN, Chunk, SampledToken, SampleSpec, StepPlan, StepResult
 from duopool.core.types import BlockId, BlockKey, Incarnation, LeaseId, RequestId, Role, TokenLogprob, WorkerId
 from duopool.core.worker import SessionId
 from duopool.decode_worker.worker import DecodeWorker
@@ -116,6 +116,8 @@ class FakeRunner:
         self.during_step()
         if self.error is not None:
             raise self.error
+        for copy in plan.copies:
+            self._store.pages[copy.target] = list(self._store.pages[copy.source])
         written: set[int] = set()
         for chunk in plan.chunks:
             touched = set(self._touched(chunk))
@@ -133,16 +135,17 @@ class FakeRunner:
             if chunk.prompt_logprobs is not None:
                 following = [*context[1:], *([] if chunk.next_token_id is None else [chunk.next_token_id])]
                 logprobs[chunk.request_id] = tuple(TokenLogprob(one, -1.0, 1) for one in following[chunk.start :])
-            if chunk.sample is not None:
-                spec = chunk.sample
-                assert context == [*spec.prompt_token_ids, *spec.output_token_ids], "KV of another prefix"
-                token = next_token(context, spec.params.seed)
-                if len(context) == self.bad_length:
-                    tokens[chunk.request_id] = SampledToken(token_id=NO_TOKEN)
-                    continue
-                logprob = None if spec.params.logprobs is None else TokenLogprob(token, -1.0, 1)
-                tokens[chunk.request_id] = SampledToken(token_id=token, logprob=logprob)
+            if chunk.samples:
+                tokens[chunk.request_id] = tuple(self._sample(spec, context) for spec in chunk.samples)
         return StepResult(tokens=tokens, prompt_logprobs=logprobs)
+
+    def _sample(self, spec: SampleSpec, context: Sequence[int]) -> SampledToken:
+        assert context == [*spec.prompt_token_ids, *spec.output_token_ids], "KV of another prefix"
+        if len(context) == self.bad_length:
+            return SampledToken(token_id=NO_TOKEN)
+        token = next_token(context, spec.params.seed)
+        logprob = None if spec.params.logprobs is None else TokenLogprob(token, -1.0, 1)
+        return SampledToken(token_id=token, logprob=logprob)
 
     def _touched(self, chunk: Chunk) -> Sequence[int]:
         end = chunk.start + len(chunk.token_ids)
@@ -291,7 +294,11 @@ class Pair:
         if isinstance(event, BlocksReady):
             if self.is_forwarding and (event.first_token is None or event.first_token.finish_reason is None):
                 self.decode.handle(event, ROUTER, now=self.clock.now)
-            if event.first_token is not None:
+            for first in event.first_tokens:
+                self._emit(first)
+                if first.finish_reason is not None:
+                    self.cancel(first.request_id, first.attempt)
+            if event.first_token is not None and not event.first_tokens:
                 self._emit(event.first_token)
                 if event.first_token.finish_reason is not None:
                     self.cancel(event.request_id, event.attempt)

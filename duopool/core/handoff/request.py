@@ -6,6 +6,10 @@ clock and no I/O; the router's shell turns actions into messages and messages in
     ADMITTED -> PREFILLING -> LEASED -> READING -> DECODING -> DONE | CANCELLED | FAILED
                                                    |      ^
                                                    MIGRATING   (see migration.py)
+
+The choices of one prompt share all that comes before DECODING. One more request, the carrier, goes through it; they are
+CARRIED meanwhile, under its attempt, and answer for themselves from the moment the decode worker has their prompt. The
+carrier emits their first tokens and never has any of its own; what befalls workers until then is its to mend.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from duopool.core.handoff import migration
 from duopool.core.handoff.request_state import (
     POISON_LIMIT,
     Action,
+    Carried,
     Emit,
     Evicted,
     Finish,
@@ -34,6 +39,7 @@ from duopool.core.handoff.request_state import (
     Route,
     Routed,
     Send,
+    SetDown,
     Shadow,
     Step,
     Stopped,
@@ -58,6 +64,7 @@ from duopool.core.messages import (
 __all__ = [
     "POISON_LIMIT",
     "Action",
+    "Carried",
     "Emit",
     "Evicted",
     "Finish",
@@ -74,6 +81,7 @@ __all__ = [
     "Route",
     "Routed",
     "Send",
+    "SetDown",
     "Shadow",
     "Step",
     "Stopped",
@@ -85,8 +93,8 @@ __all__ = [
 
 
 def begin(state: RequestState) -> Step:
-    """The first action of a request."""
-    return state, (NeedRoute(state.excluded),)
+    """The first action of a request; the route of one that is carried comes from its carrier."""
+    return state, () if state.phase is Phase.CARRIED else (NeedRoute(state.excluded),)
 
 
 def transition(state: RequestState, event: RequestEvent) -> Step:
@@ -102,6 +110,10 @@ def transition(state: RequestState, event: RequestEvent) -> Step:
     match event:
         case Routed(route=route):
             return _routed(state, route)
+        case Carried(attempt=attempt, route=route):
+            return _carried(state, attempt, route)
+        case SetDown(carrier=carrier):
+            return _set_down(state, carrier)
         case Lost(member=member):
             return _lost(state, member)
         case Moved(decode=decode):
@@ -179,6 +191,26 @@ def _routed(state: RequestState, route: Route) -> Step:
     return state, (*given_up, Send(route.prefill, Prefill(request=request, attempt=attempt)), reserve)
 
 
+def _carried(state: RequestState, attempt: int, route: Route) -> Step:
+    if state.phase is not Phase.CARRIED:
+        return state, ()
+    return replace(state, attempt=attempt, newest_attempt=attempt, route=route), ()
+
+
+def _set_down(state: RequestState, carrier: RequestState) -> Step:
+    if state.phase is not Phase.CARRIED:
+        return state, ()
+    return _again(
+        replace(
+            state,
+            excluded=carrier.excluded,
+            missing=carrier.missing,
+            dead=carrier.dead,
+            retries_left=carrier.retries_left,
+        )
+    )
+
+
 def _heard(state: RequestState, member: Member, message: WorkerMessage) -> Step:
     match message:
         case BlocksReady():
@@ -192,6 +224,8 @@ def _heard(state: RequestState, member: Member, message: WorkerMessage) -> Step:
             return _missed(state, f"tokens before index {index} never came")
         case Tokens(token_ids=token_ids) if len(state.output) + len(token_ids) > state.request.params.max_tokens:
             return _missed(state, "more tokens came than were asked for")
+        case Tokens() if state.phase is Phase.CARRIED and state.route is not None and member == state.route.prefill:
+            return _tokens(state, message)
         case Tokens():
             return _tokens(replace(state, phase=Phase.DECODING, missing=frozenset(), dead=frozenset()), message)
         case Nack():
@@ -211,6 +245,11 @@ def _ready(state: RequestState, message: BlocksReady) -> Step:
     if message.first_token is None:
         return state, (forward,)
     state = replace(state, phase=Phase.READING if state.reserved else Phase.LEASED)
+    if state.request.choices:
+        if [one.request_id for one in message.first_tokens] != [one.request_id for one in state.request.choices]:
+            return _missed(state, "first tokens came that are not those of the choices")
+        goes_on = any(tokens.finish_reason is None for tokens in message.first_tokens)
+        return state, (*((forward,) if goes_on else ()), *map(Emit, message.first_tokens))
     state, actions = _tokens(state, message.first_token)
     if state.phase.is_final:
         return state, actions
@@ -265,7 +304,7 @@ def _lease_refused(state: RequestState, member: Member) -> Step:
 
 def _lost(state: RequestState, member: Member) -> Step:
     route = state.route
-    if route is None or not _is_on_route(state, member):
+    if route is None or not _is_on_route(state, member) or state.phase is Phase.CARRIED:
         return state, ()
     if state.phase is Phase.ADMITTED:
         if member != route.prefill or not state.ready:
@@ -361,9 +400,18 @@ def _renumbered(message: BlocksReady, attempt: int) -> BlocksReady:
         lease=message.lease,
         first_block=message.first_block,
         blocks=message.blocks,
-        first_token=None
-        if first is None
-        else Tokens(request_id=first.request_id, attempt=attempt, index=first.index, token_ids=first.token_ids),
+        first_token=None if first is None else _told_again(first, attempt),
+        first_tokens=tuple(_told_again(tokens, attempt) for tokens in message.first_tokens),
+    )
+
+
+def _told_again(tokens: Tokens, attempt: int) -> Tokens:
+    return Tokens(
+        request_id=tokens.request_id,
+        attempt=attempt,
+        index=tokens.index,
+        token_ids=tokens.token_ids,
+        finish_reason=tokens.finish_reason,
     )
 
 
@@ -393,7 +441,7 @@ def _cancel(state: RequestState, *, check_pages: bool = False) -> tuple[Action, 
     if state.phase is Phase.ADMITTED:  # all but P's finished work was given up when the request came back here
         return (Send(state.route.prefill, cancel),) if state.ready and state.route.prefill is not None else ()
     members = {state.route.decode: None}
-    if state.route.prefill is not None and state.phase is not Phase.DECODING:
+    if state.route.prefill is not None and state.phase not in (Phase.DECODING, Phase.CARRIED):
         members[state.route.prefill] = None
     return tuple(Send(member, cancel) for member in members)
 

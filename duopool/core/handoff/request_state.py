@@ -29,6 +29,8 @@ See docs/decisions/0004-three-deaths-are-poison.md.
 
 
 class Phase(StrEnum):
+    CARRIED = "carried"
+    """Another request, the carrier, brings the prompt of this one to a decode worker."""
     ADMITTED = "admitted"
     PREFILLING = "prefilling"
     LEASED = "leased"
@@ -122,6 +124,21 @@ class Routed:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """The carrier has begun this attempt: what workers say of it counts."""
+
+    attempt: int
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class SetDown:
+    """The carrier cannot go on for all its choices: each goes on from the tokens that it has."""
+
+    carrier: RequestState
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """A member died, restarted, stalled or fell out of the membership; or only the stream to it broke."""
 
@@ -172,7 +189,7 @@ class Heard:
     message: WorkerMessage
 
 
-RequestEvent = Routed | Lost | Returned | Gone | Moved | Evicted | Stopped | Heard
+RequestEvent = Routed | Carried | SetDown | Lost | Returned | Gone | Moved | Evicted | Stopped | Heard
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------

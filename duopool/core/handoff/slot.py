@@ -53,6 +53,8 @@ class Slot:
     """Set when the source has listed its last block."""
     output: tuple[int, ...] = ()
     """Tokens before the first one that came with the last block."""
+    first_tokens: tuple[Tokens, ...] = ()
+    """Of a carrier: the first token of every choice, which came with the last block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ class Join:
     first_token: Tokens
     output: tuple[int, ...] = ()
     """Tokens before it that were not known when the slot was reserved."""
+    first_tokens: tuple[Tokens, ...] = ()
+    """Of a carrier: that of every choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +175,12 @@ def transition(slot: Slot, event: SlotEvent) -> SlotStep:
                 return _drop(slot, Refuse(NackReason.TRANSFER_FAILED, fault))
             sealed = slot.sealed + message.blocks
             slot = replace(
-                slot, lease=message.lease, sealed=sealed, first_token=message.first_token, output=message.output
+                slot,
+                lease=message.lease,
+                sealed=sealed,
+                first_token=message.first_token,
+                output=message.output,
+                first_tokens=message.first_tokens,
             )
             return _advance(slot)
         case ReadEnded(error=error):
@@ -180,7 +189,9 @@ def transition(slot: Slot, event: SlotEvent) -> SlotStep:
             if slot.phase is not SlotPhase.VALIDATING or slot.first_token is None:
                 return slot, ()
             if ok:
-                return replace(slot, phase=SlotPhase.COMMITTED), (Join(slot.first_token, slot.output),)
+                return replace(slot, phase=SlotPhase.COMMITTED), (
+                    Join(slot.first_token, slot.output, slot.first_tokens),
+                )
             return _drop(slot, Refuse(NackReason.LEASE_LOST, reason))
         case Dropped():
             return _drop(slot, None)

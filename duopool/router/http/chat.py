@@ -79,6 +79,7 @@ def routes(generation: Generation) -> APIRouter:
             guide=body.output_guide(),
             takes_all_room=max_tokens is None,
             num_choices=body.num_choices,
+            priority=body.priority or 0,
             request_id=call.id,
             cache_salt=body.salt,
             traceparent=request.headers.get(TRACEPARENT, ""),

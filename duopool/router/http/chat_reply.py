@@ -170,11 +170,11 @@ def _choice(index: int, delta: Delta, logprobs: ChatLogprobs | None) -> ChunkCho
 
 def _logprob(entry: pb.Logprob) -> TokenLogprob:
     top: list[TopLogprob] = [
-        {"token": each.text, "logprob": each.logprob, "bytes": list(each.text.encode())} for each in entry.top
+        {"token": each.text, "logprob": each.logprob, "bytes": list(each.token_bytes)} for each in entry.top
     ]
     return {
         "token": entry.text,
         "logprob": entry.logprob,
-        "bytes": list(entry.text.encode()),
+        "bytes": list(entry.token_bytes),
         "top_logprobs": top,
     }

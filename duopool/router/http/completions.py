@@ -68,6 +68,7 @@ def routes(generation: Generation) -> APIRouter:
             params=body.sampling(seed=generation.draw_seed(), logprobs=body.logprobs, **more),
             guide=body.guide,
             num_choices=body.num_choices,
+            priority=body.priority or 0,
             request_id=call.id,
             cache_salt=body.salt,
             traceparent=request.headers.get(TRACEPARENT, ""),

@@ -7,9 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from duopool.core.errors import InvalidRequest
-from duopool.router.guide import Guide, GuideKind, choice_guide, json_guide
-
-ANY_OBJECT = {"type": "object"}
+from duopool.router.guide import ANY_OBJECT, Guide, GuideKind, choice_guide, json_guide
 
 
 class JsonSchemaFormat(BaseModel):

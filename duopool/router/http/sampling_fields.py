@@ -52,7 +52,7 @@ class SamplingFields(BaseModel):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = Field(default=None, description="Taken and not used.")
-    priority: int | None = Field(default=None, description="Taken; all requests are served in order of arrival.")
+    priority: int | None = Field(default=None, description="Lower values go first wherever requests wait; 0 if absent.")
     cache_salt: str | None = Field(default=None, description="Only requests with the same salt share cached prefixes.")
 
     def sampling(self, *, seed: int, logprobs: int | None, **more: Any) -> SamplingParams:
