@@ -185,10 +185,11 @@ class WorkerProcess:
         assembly.worker.on_change = on_change
         self._server.serve(add_services, service.beat)
         if engine is not None:
+            from duopool.engine.smg.service import Served
+
             load = assembly.worker.load
-            self._server.run_beside(
-                engine.run(service, info, model, source.folder, config=config, access=access, load=load)
-            )
+            served = Served(info=info, model=model, folder=source.folder, config=config, access=access, load=load)
+            self._server.run_beside(engine.run(service, served))
         steps.start()
         return info
 

@@ -27,7 +27,7 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from duopool.engine.smg.exchange import HANDLE_TTL_S
 from duopool.engine.smg.handle import HandleSeal
-from duopool.engine.smg.service import EngineServer
+from duopool.engine.smg.service import EngineServer, Served
 
 ACCESS = InternalAccess(credential="a credential for tests")
 PROMPT = tuple(range(1, 12))
@@ -112,7 +112,10 @@ async def gateway(folder: Path) -> AsyncIterator[Gateway]:
             max_model_len=MAX_LEN,
             vocab_size=VOCAB_SIZE,
         )
-        running = engine.run(service, info, model, folder, config=worker_config(role), access=ACCESS, load=worker.load)
+        served = Served(
+            info=info, model=model, folder=folder, config=worker_config(role), access=ACCESS, load=worker.load
+        )
+        running = engine.run(service, served)
         tasks.append(asyncio.create_task(running))
         services.append(service)
         channels.append(grpc.aio.insecure_channel(engine.address))

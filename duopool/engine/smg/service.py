@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -38,31 +39,30 @@ _SERVICE = wire.DESCRIPTOR.services_by_name["VllmEngine"]
 _SEED_BITS = 31
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The worker that is served."""
+
+    info: WorkerInfo
+    model: ServedModel
+    folder: Path
+    """Of its checkpoint."""
+    config: WorkerConfig
+    access: InternalAccess
+    load: Callable[[], WorkerLoad]
+
+
 class VllmEngine:
     """One method per call of the protocol."""
 
-    def __init__(
-        self,
-        info: WorkerInfo,
-        model: ServedModel,
-        folder: Path,
-        *,
-        exchange: Exchange,
-        leg: Leg,
-        load: Callable[[], WorkerLoad],
-        max_num_seqs: int,
-    ) -> None:
-        self._info = info
-        self._model = model
-        self._folder = folder
+    def __init__(self, served: Served, exchange: Exchange, leg: Leg) -> None:
+        self._served = served
         self._exchange = exchange
         self._leg = leg
-        self._load = load
-        self._max_num_seqs = max_num_seqs
         self._started_at = time.monotonic()
 
     async def Generate(self, request: Any, context: Any) -> None:
-        asked = read_asked(request, self._model, seed=secrets.randbits(_SEED_BITS))
+        asked = read_asked(request, self._served.model, seed=secrets.randbits(_SEED_BITS))
         await self._leg(asked, context.time_remaining(), context.write)
 
     async def Abort(self, request: Any, context: Any) -> Any:
@@ -74,22 +74,22 @@ class VllmEngine:
         return wire.HealthCheckResponse(healthy=True)
 
     async def GetModelInfo(self, request: Any, context: Any) -> Any:
-        return await asyncio.to_thread(facts.model_info, self._info, self._model, self._folder)
+        return await asyncio.to_thread(facts.model_info, self._served.info, self._served.model, self._served.folder)
 
     async def GetServerInfo(self, request: Any, context: Any) -> Any:
         return facts.server_info(
-            self._info,
+            self._served.info,
             num_requests=self._exchange.num_requests,
             uptime_s=time.monotonic() - self._started_at,
-            max_num_seqs=self._max_num_seqs,
+            max_num_seqs=self._served.config.scheduler.max_num_seqs,
         )
 
     async def GetTokenizer(self, request: Any, context: Any) -> None:
-        for chunk in await asyncio.to_thread(lambda: list(facts.tokenizer_chunks(self._folder))):
+        for chunk in await asyncio.to_thread(lambda: list(facts.tokenizer_chunks(self._served.folder))):
             await context.write(chunk)
 
     async def GetLoads(self, request: Any, context: Any) -> Any:
-        load = self._load()
+        load, block_size = self._served.load(), self._served.info.block_size
         num_used_blocks = load.num_blocks - load.num_free_blocks - load.num_cached_blocks
         return wire.GetLoadsResponse(
             timestamp=datetime.now(UTC).isoformat(),
@@ -99,10 +99,10 @@ class VllmEngine:
                     num_running_reqs=load.num_running,
                     num_waiting_reqs=load.num_waiting,
                     num_total_reqs=load.num_running + load.num_waiting,
-                    num_used_tokens=num_used_blocks * self._info.block_size,
-                    max_total_num_tokens=load.num_blocks * self._info.block_size,
+                    num_used_tokens=num_used_blocks * block_size,
+                    max_total_num_tokens=load.num_blocks * block_size,
                     token_usage=num_used_blocks / max(1, load.num_blocks),
-                    max_running_requests=self._max_num_seqs,
+                    max_running_requests=self._served.config.scheduler.max_num_seqs,
                     num_waiting_uncached_tokens=load.num_pending_tokens,
                 )
             ],
@@ -129,55 +129,25 @@ class EngineServer:
             raise Unavailable(f"cannot listen on {address}:{port} for the smg gateway: {error}") from error
         return cls(server, f"{address}:{port}")
 
-    async def run(
-        self,
-        service: WorkerService,
-        info: WorkerInfo,
-        model: ServedModel,
-        folder: Path,
-        *,
-        config: WorkerConfig,
-        access: InternalAccess,
-        load: Callable[[], WorkerLoad],
-    ) -> None:
+    async def run(self, service: WorkerService, served: Served) -> None:
         """Answer until cancelled."""
         try:
-            await self._run(service, info, model, folder, config=config, access=access, load=load)
+            with service.local_session() as session:
+                await self._serve(Exchange(session, heartbeat_s=served.config.handoff.heartbeat_s), served)
         except Exception:
             log.exception("the smg gateway is not served any more")
 
-    async def _run(
-        self,
-        service: WorkerService,
-        info: WorkerInfo,
-        model: ServedModel,
-        folder: Path,
-        *,
-        config: WorkerConfig,
-        access: InternalAccess,
-        load: Callable[[], WorkerLoad],
-    ) -> None:
-        with service.local_session() as session:
-            exchange = Exchange(session, heartbeat_s=config.handoff.heartbeat_s)
-            seal = HandleSeal(access.credential, model_digest=info.model_digest)
-            is_prefill = config.role is Role.PREFILL
-            leg: Leg = PrefillLeg(exchange, seal) if is_prefill else DecodeLeg(exchange, seal, model)
-            engine = VllmEngine(
-                info,
-                model,
-                folder,
-                exchange=exchange,
-                leg=leg,
-                load=load,
-                max_num_seqs=config.scheduler.max_num_seqs,
-            )
-            self._server.add_generic_rpc_handlers((service_handler(_SERVICE, engine),))
-            healthy = health.aio.HealthServicer()
-            health_pb2_grpc.add_HealthServicer_to_server(healthy, self._server)
-            for name in ("", _SERVICE.full_name):
-                await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-            await self._server.start()
-            try:
-                await exchange.run()
-            finally:
-                await self._server.stop(None)
+    async def _serve(self, exchange: Exchange, served: Served) -> None:
+        seal = HandleSeal(served.access.credential, model_digest=served.info.model_digest)
+        is_prefill = served.config.role is Role.PREFILL
+        leg: Leg = PrefillLeg(exchange, seal) if is_prefill else DecodeLeg(exchange, seal, served.model)
+        self._server.add_generic_rpc_handlers((service_handler(_SERVICE, VllmEngine(served, exchange, leg)),))
+        healthy = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(healthy, self._server)
+        for name in ("", _SERVICE.full_name):
+            await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        try:
+            await exchange.run()
+        finally:
+            await self._server.stop(None)
