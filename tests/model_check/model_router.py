@@ -140,7 +140,11 @@ def _feed(side: RouterSide, event: Heard | Lost | Routed | Stopped, setting: Set
 
 
 def _same(state: RequestState) -> RequestState:
-    """The one of several states that behave alike which stands for all of them."""
+    """The one of several states that behave alike which stands for all of them.
+
+    Who was lost over the request decides nothing as long as there are fewer faults than it takes to suspect it.
+    """
+    state = replace(state, missing=frozenset(), dead=frozenset())
     if state.phase.is_final:
         return RequestState(request=REQUEST, phase=Phase.DONE)
     if state.phase is Phase.DECODING:
