@@ -25,6 +25,8 @@ from duopool.proto import inference_pb2_grpc
 from duopool.proto.internal_access import CREDENTIAL_VARIABLE, InternalAccess
 from duopool.proto.secret_files import make_secret
 
+_NAME = socket.gethostname()
+"""Homes may be shared between hosts."""
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -35,6 +37,8 @@ class RouterRecord(BaseModel):
 
     internal_address: str
     internal: InternalConfig
+    system: str = ""
+    """Name of the system that it belongs to, drawn at its start; empty if it belongs to none."""
 
 
 def prepare(internal: InternalConfig) -> InternalConfig:
@@ -81,7 +85,7 @@ def admin_stub(address: str) -> Iterator[Any]:
 def find(address: str) -> RouterRecord | None:
     """The record of the router with this public address, if it runs on this machine."""
     host, _, port = address.rpartition(":")
-    if host not in (*_LOCAL_HOSTS, socket.gethostname()) or not port.isdecimal():
+    if host not in (*_LOCAL_HOSTS, _NAME) or not port.isdecimal():
         return None
     try:
         return RouterRecord.model_validate_json(_record_path(int(port)).read_text(encoding="utf-8"))
@@ -89,6 +93,15 @@ def find(address: str) -> RouterRecord | None:
         return None
 
 
+def routers_beside(address: str) -> list[str]:
+    """Public addresses of the other routers of the same system, as far as they run on this machine."""
+    own = find(address)
+    if own is None or not own.system:
+        return []
+    ports = sorted(int(path.stem.rpartition("-")[2]) for path in _record_path(0).parent.glob(f"{_NAME}-*.json"))
+    beside = (f"{_LOCAL_HOSTS[0]}:{port}" for port in ports if port != int(address.rpartition(":")[2]))
+    return [other for other in beside if (record := find(other)) is not None and record.system == own.system]
+
+
 def _record_path(port: int) -> Path:
-    # Homes may be shared between hosts.
-    return cache_folder() / "run" / f"{socket.gethostname()}-{port}.json"
+    return cache_folder() / "run" / f"{_NAME}-{port}.json"

@@ -1,13 +1,15 @@
-"""`duopool audit`: compare every worker's ledger with the router's requests."""
+"""`duopool audit`: compare every worker's ledger with the requests of every router of the system."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from google.protobuf.json_format import MessageToJson
 from rich.table import Table
 
+from duopool.cluster.admin_access import routers_beside
 from duopool.cluster.admin_commands import CALL_TIMEOUT_S, DEFAULT_ADDRESS, Address, admin_of
 from duopool.cluster.terminal import EXIT_FAILED, complain, out
 from duopool.proto import inference_pb2 as pb
@@ -22,8 +24,7 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and findings as JSON.")] = False,
 ) -> None:
     """Check that no block, lease or request is lost or doubled anywhere; exit 1 and name what is wrong if one is."""
-    with admin_of(address) as admin:
-        audited = admin.Audit(pb.AuditRequest(at_rest=at_rest), timeout=CALL_TIMEOUT_S)
+    audited = audit_of([address, *routers_beside(address)], at_rest=at_rest)
     if as_json:
         options = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
         typer.echo(MessageToJson(audited, **options))
@@ -33,6 +34,22 @@ def audit(
         complain(f"{finding.where}: {finding.subject} {finding.problem}")
     if audited.findings:
         raise typer.Exit(EXIT_FAILED)
+
+
+def audit_of(addresses: Sequence[str], *, at_rest: bool) -> pb.AuditResponse:
+    """What all these routers find; each knows its own requests, and all ask the same workers."""
+    whole = pb.AuditResponse()
+    for address in addresses:
+        with admin_of(address) as admin:
+            audited = admin.Audit(pb.AuditRequest(at_rest=at_rest), timeout=CALL_TIMEOUT_S)
+        whole.findings.extend(finding for finding in audited.findings if finding not in whole.findings)
+        for process in audited.processes:
+            is_router = process.role == "router"
+            if is_router and len(addresses) > 1:
+                process.name = f"{process.name} {address}"
+            if is_router or address == addresses[0]:
+                whole.processes.append(process)
+    return whole
 
 
 def process_table(audited: pb.AuditResponse) -> Table:

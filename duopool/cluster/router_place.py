@@ -34,9 +34,14 @@ class RouterPlace:
         access: InternalAccess,
         *,
         on_command: Callable[[RouterPlace, control_pb2.ClusterCommand], None],
+        system: str = "",
     ) -> None:
-        """`on_command` runs on a thread of the link's and must return at once."""
+        """`on_command` runs on a thread of the link's and must return at once.
+
+        `system` is the same for all routers of one system.
+        """
         self._config = config
+        self._system = system
         self._access = access
         self._on_command = on_command
         self._process = RouterProcess(config)
@@ -123,7 +128,8 @@ class RouterPlace:
         if listening is not None:
             self._listening = listening
             address = f"{_reachable(self._config.internal_host)}:{listening.internal_port}"
-            announce(listening.port, RouterRecord(internal_address=address, internal=self._config.internal))
+            record = RouterRecord(internal_address=address, internal=self._config.internal, system=self._system)
+            announce(listening.port, record)
             self._link = RouterLink(
                 address, view, access=self._access, on_command=lambda command: self._on_command(self, command)
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,9 +57,9 @@ class System:
         self._is_pinned = config.pin_pools
         """Once true always true: a pool whose last node is gone waits for one of its own kind."""
         self._commands: queue.SimpleQueue[tuple[RouterPlace, control_pb2.ClusterCommand]] = queue.SimpleQueue()
-        access = InternalAccess.load(config.internal)
+        access, name = InternalAccess.load(config.internal), secrets.token_hex(8)
         self.routers = tuple(
-            RouterPlace(config.router(number), access, on_command=lambda *asked: self._commands.put(asked))
+            RouterPlace(config.router(number), access, on_command=lambda *asked: self._commands.put(asked), system=name)
             for number in range(config.routers)
         )
         self._is_complete = threading.Event()

@@ -20,6 +20,8 @@ from calls import has_workers, is_at_rest, scale, state, wait_for
 from remains import Remains
 
 from duopool.client import AsyncClient, Client, generate_request
+from duopool.cluster.admin_access import routers_beside
+from duopool.cluster.audit_command import audit_of
 from duopool.cluster.chaos.command import chaos_config, run
 from duopool.cluster.chaos.requests import FIRST_TOKEN, LAST_TOKEN
 from duopool.cluster.system import System
@@ -136,6 +138,30 @@ def test_requests_of_a_killed_router_stop_on_every_worker(system: System) -> Non
                 list(stream)
     wait_for(system.addresses[1], is_at_rest)
     assert time.monotonic() - died_at < HandoffConfig().orphan_ttl_s + SLACK_S
+
+
+def test_an_audit_asks_every_router(system: System) -> None:
+    first, second = system.addresses
+    assert (routers_beside(first), routers_beside(second)) == ([second], [first])
+    audited = audit_of([first, second], at_rest=True)
+    assert not audited.findings
+    names = [process.name for process in audited.processes if process.role == "router"]
+    assert names == [f"router {first}", f"router {second}"]
+    assert len(audited.processes) == 2 + len(EVERYONE)
+
+
+@pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer " + "0" * 64),)])
+def test_a_peer_of_rays_without_the_token_is_refused(system: System, metadata: tuple[tuple[str, str], ...]) -> None:
+    """Whoever could join Ray could run code on every node."""
+    import ray
+
+    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
+        nodes = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
+        with pytest.raises(grpc.RpcError) as refused:
+            nodes(b"", metadata=metadata, timeout=30)
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        token = (("authorization", f"Bearer {os.environ['RAY_AUTH_TOKEN']}"),)
+        assert nodes(b"", metadata=token, timeout=30)
 
 
 def prompt_of(seed: int) -> list[int]:

@@ -210,3 +210,13 @@ def test_commands_find_a_router_by_its_public_address(own_folder: Path) -> None:
     admin_access.withdraw(50099)
     admin_access.withdraw(50099)
     assert not file.exists()
+
+
+def test_the_routers_of_one_system_find_each_other(own_folder: Path) -> None:
+    for port, system in ((50091, "one"), (50092, "two"), (50093, "one"), (50094, "")):
+        record = admin_access.RouterRecord(internal_address="127.0.0.1:4", internal=InternalConfig(), system=system)
+        admin_access.announce(port, record)
+    (own_folder / "run" / "another-machine-50095.json").write_text(record.model_dump_json())
+    assert admin_access.routers_beside("localhost:50091") == ["127.0.0.1:50093"]
+    assert admin_access.routers_beside("127.0.0.1:50092") == []
+    assert admin_access.routers_beside("127.0.0.1:50094") == admin_access.routers_beside("example.org:1") == []
