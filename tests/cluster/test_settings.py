@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from duopool.cluster.cli import app
 from duopool.cluster.config import ClusterConfig
+from duopool.cluster.pools import worker_id_of
+from duopool.core.types import Role
 
 ORIGINS = ("flag", "environment", "file")
 
@@ -43,6 +45,19 @@ def test_the_limits_of_the_waiting_room_reach_every_router() -> None:
     for number in range(2):
         router = config.router(number)
         assert (router.max_num_waiting_tokens, router.max_wait_s) == (4096, 2.5)
+
+
+def test_every_place_of_both_pools_has_a_gateway_port_of_its_own() -> None:
+    config = ClusterConfig(smg_port=50100)
+    ports = {
+        (role, at): config.worker(worker_id_of(role, at), role, host="h", num_threads=1, shares_cores=True).smg_port
+        for role in Role
+        for at in range(8)
+    }
+    assert len(set(ports.values())) == len(ports)
+    assert [ports[Role.PREFILL, 0], ports[Role.DECODE, 0], ports[Role.DECODE, 3]] == [50100, 50101, 50107]
+    off = ClusterConfig().worker(worker_id_of(Role.DECODE, 1), Role.DECODE, host="h", num_threads=1, shares_cores=True)
+    assert off.smg_port is None
 
 
 def test_the_printed_file_gives_the_same_settings(tmp_path: Path) -> None:
