@@ -7,6 +7,8 @@ import socket
 import subprocess
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from openai import OpenAI
 from system import BIN, HTTP, MODEL
@@ -63,6 +65,10 @@ try:
             model=model, messages=messages, temperature=0, max_completion_tokens=24, **options
         )
 
+    def text_of(client: OpenAI, model: str, prompt: str) -> str:
+        answer = client.completions.create(model=model, prompt=prompt, max_tokens=12, temperature=0)
+        return str(answer.choices[0].text)
+
     direct = chat(own, MODEL)
     before = pulled_blocks()
     answered = chat(through, name)
@@ -81,6 +87,10 @@ try:
     )
     assert "six" not in stopped.choices[0].text
     assert stopped.choices[0].finish_reason == "stop"
+    counts = [f"Count from {start} to {start + 5}." for start in range(8)]
+    with ThreadPoolExecutor(len(counts)) as pool:
+        both = [list(pool.map(partial(text_of, *end), counts)) for end in ((own, MODEL), (through, name))]
+    assert both[0] == both[1], "all at once they differ"
 finally:
     gateway.terminate()
     gateway.wait(timeout=20)
