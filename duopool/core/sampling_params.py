@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from duopool.core.errors import InvalidRequest
 
+MAX_CHOICES = 16
+"""Outputs of one prompt."""
 MAX_TOKENS_LIMIT = 1_000_000
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256

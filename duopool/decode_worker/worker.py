@@ -315,7 +315,7 @@ class DecodeWorker:
             firsts: tuple[Tokens, ...] = ()
         else:
             firsts = message.first_tokens if request.request.choices else (message.first_token,)
-            if len(firsts) != request.num_sequences or not all(first.token_ids for first in firsts):
+            if len(firsts) != request.num_sequences or any(len(first.token_ids) != 1 for first in firsts):
                 return False
         told = (*message.output, *(token_id for first in firsts for token_id in first.token_ids))
         return message.first_block >= 0 and self._model.knows(told)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from duopool.core.errors import InvalidRequest
 from duopool.core.messages import GenerationRequest, NackReason
-from duopool.core.sampling_params import SamplingParams
+from duopool.core.sampling_params import MAX_CHOICES, SamplingParams
 from duopool.core.types import FinishReason
 
 
@@ -55,6 +55,8 @@ class ServedModel:
             return Refusal(NackReason.INTERNAL, "the prompt is empty")
         if not self.knows((*token_ids, *params.stop_token_ids, *(token_id for token_id, _ in params.logit_bias))):
             return Refusal(NackReason.INTERNAL, f"a token id is outside the vocabulary of {self.vocab_size}")
+        if len(request.choices) > MAX_CHOICES:
+            return Refusal(NackReason.INTERNAL, f"{len(request.choices)} choices, at most {MAX_CHOICES} are allowed")
         try:
             for output in request.outputs:
                 output.params.check()

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from duopool.core.errors import InvalidRequest, Overloaded, PromptTooLong
 from duopool.core.messages import WorkerInfo
-from duopool.core.sampling_params import SamplingParams
+from duopool.core.sampling_params import MAX_CHOICES, SamplingParams
 
-MAX_CHOICES = 16
 MAX_PROMPTS = 128
 MAX_CACHE_SALT_BYTES = 256
 MAX_REQUEST_ID_CHARS = 256

@@ -16,6 +16,7 @@ import grpc
 from duopool.core.messages import (
     BlocksReady,
     Cancel,
+    Choice,
     Command,
     CommandBatch,
     Copied,
@@ -132,6 +133,13 @@ class Cases:
             request.resume_from.ids.extend([random.choice((3, 257, VOCAB_SIZE))] * random.choice((1, 4, 300)))
         if random.random() < 0.1:
             request.request_id = random.choice(TEXTS)
+        if random.random() < 0.1:
+            request.resume_choices.extend([pb.TokenIds(ids=[3] * random.choice((0, 1)))] * random.choice((1, 3, 200)))
+        if random.random() < 0.2:
+            request.priority = random.choice((-(2**31), -1, 1, 2**31 - 1))
+        if random.random() < 0.1:
+            kind = random.choice(("json_schema", "regex", "grammar"))
+            request.guide.CopyFrom(pb.Guide(**{kind: random.choice((*TEXTS, "{}", "[a-z]+", "(" * 50_000))}))
         return request
 
     def _tokenize(self) -> pb.TokenizeRequest:
@@ -270,6 +278,11 @@ class Cases:
             output_token_ids=(token,) * random.choice((0, 0, 0, 1, 300)),
             params=SamplingParams(**params),
             cache_salt=random.randbytes(random.choice((0, 0, 64, 5000))),
+            priority=random.choice((0, 0, *EDGES[:-1])),
+            choices=tuple(
+                Choice(RequestId(random.choice(("f0", "f1", request_id, f"c{at}"))), random.choice((at, *EDGES[:-1])))
+                for at in range(random.choice((0, 0, 0, 1, 3, 300)))
+            ),
         )
 
     def _blocks_ready(self, request_id: RequestId, attempt: int) -> BlocksReady:
@@ -295,6 +308,7 @@ class Cases:
             first_block=random.choice((0, 0, 1, *EDGES[:-1])),
             blocks=self._blocks(),
             first_token=random.choice((None, first)),
+            first_tokens=(first,) * random.choice((0, 0, 1, 3)),
             output=(random.choice((1, *EDGES[:-1])),) * random.choice((0, 0, 2)),
         )
 

@@ -143,6 +143,7 @@ class Liar(FakeWorker):
                 first_block=number,
                 blocks=(SealedBlock(BlockId(number), number, number),) * random.choice((0, 1, 700)),
                 first_token=random.choice((None, tokens)),
+                first_tokens=(tokens,) * random.choice((0, 0, 1, 3)),
                 queue_s=seconds,
                 num_cached_tokens=number,
             ),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from http_fakes import client_of
 from router_fakes import FakeCluster, FakeWorker, eventually, expected_output
 
 from duopool.core.messages import Cancel, Prefill, Reserve
 from duopool.proto import inference_pb2 as pb
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+CHAT = [{"role": "user", "content": "hi"}]
 
 
 def request(prompt: list[int] = PROMPT, **sampling: object) -> pb.GenerateRequest:
@@ -78,6 +80,39 @@ def test_choices_have_seeds_of_their_own() -> None:
             (reserve,) = cluster.workers[1].received(Reserve)
             assert prefill.request == reserve.request
             assert [output.params.seed for output in prefill.request.outputs] == [7, 8, 9]
+
+    asyncio.run(run())
+
+
+def test_the_priority_reaches_both_workers() -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster, client_of(cluster) as client:
+            asked = request(max_tokens=2)
+            asked.priority = -7
+            await collect(cluster.inference.Generate(asked))
+            for path, prompt in (("completions", {"prompt": "hi"}), ("chat/completions", {"messages": CHAT})):
+                answer = await client.post(f"/v1/{path}", json={**prompt, "max_tokens": 2, "priority": 9})
+                assert answer.status_code == 200
+            answer = await client.post("/v1/completions", json={"prompt": "hi", "priority": 2**31})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority")
+            for worker, kind in zip(cluster.workers, (Prefill, Reserve), strict=True):
+                assert [command.request.priority for command in worker.received(kind)] == [-7, 9, 9]
+
+    asyncio.run(run())
+
+
+def test_the_bytes_of_a_token_are_told_also_where_they_are_no_text() -> None:
+    async def run() -> None:
+        async with FakeCluster() as cluster, client_of(cluster) as client:
+            asked = request(max_tokens=2, logprobs=20)
+            _, chunks, _ = await collect(cluster.inference.Generate(asked))
+            top = chunks[0].logprobs[0].top
+            assert [entry.token_bytes for entry in top] == [bytes([token_id]) for token_id in range(20)]
+            body = {"messages": CHAT, "max_tokens": 2, "logprobs": True, "top_logprobs": 3}
+            answer = (await client.post("/v1/chat/completions", json=body)).json()
+            for entry in answer["choices"][0]["logprobs"]["content"]:
+                assert bytes(entry["bytes"]).decode() == entry["token"]
+                assert [each["bytes"] for each in entry["top_logprobs"]] == [[0], [1], [2]]
 
     asyncio.run(run())
 
