@@ -152,6 +152,7 @@ class Client:
                 n=ask.num_choices,
             ),
             cache_salt=ask.salt,
+            priority=ask.priority,
         )
         outputs = [pb.TokenIds(ids=output.tokens) for output in self.outputs]
         if self.num_tokens and len(outputs) == 1:

@@ -23,6 +23,7 @@ class Ask:
     cancel_after_s: float | None
     cancel_after_tokens: int | None
     num_choices: int = 1
+    priority: int = 0
 
     def of_choice(self, choice: int) -> SamplingParams:
         return replace(self.params, seed=self.params.seed + choice)
@@ -215,6 +216,7 @@ def _asks(random: Random, *, needs_deadline: bool, within_s: float) -> tuple[Ask
                 cancel_after_s=random.uniform(0.0, 1.0) if end < 0.12 else None,
                 cancel_after_tokens=random.randint(1, 8) if 0.12 <= end < 0.24 else None,
                 num_choices=random.choice((1, 1, 1, 2, 4)),
+                priority=(0, 0, -1, 5)[index % 4],
             )
         )
     return tuple(asks)

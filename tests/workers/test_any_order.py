@@ -47,13 +47,17 @@ class AnyOrder(RuleBasedStateMachine):
         is_local=st.booleans(),
         rest=st.integers(1, 8),
         num_choices=st.sampled_from([1, 1, 2, 3]),
+        priority=st.sampled_from([0, 0, 1, -1]),
     )
-    def send(self, name: str, shared: int, own: int, is_local: bool, rest: int, num_choices: int = 1) -> None:
+    def send(
+        self, name: str, shared: int, own: int, is_local: bool, rest: int, num_choices: int = 1, priority: int = 0
+    ) -> None:
         """A new request, or another attempt of a known one behind what it has emitted."""
         pair = self.pair
         if name not in self.requests and name not in self.carriers:
             prompt = [*range(shared), *[int(name[1])] * own]
             request = pair.request(name, prompt, max_tokens=rest, ignore_eos=True)
+            request = msgspec.structs.replace(request, priority=priority)
             if num_choices == 1:
                 self.requests[name] = request
             else:
@@ -87,6 +91,7 @@ class AnyOrder(RuleBasedStateMachine):
             prompt_token_ids=first.prompt_token_ids,
             output_token_ids=output,
             params=first.params,
+            priority=first.priority,
         )
         attempt = self.attempts[name] = self.attempts.get(name, 0) + 1
         self.say_both(request, attempt, is_local=is_local)
