@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import grpc
@@ -37,8 +39,10 @@ MAX_LEN = 60
 class Gateway:
     """Both workers' stubs, and the steps in between that the gateway's PD mode takes."""
 
-    def __init__(self, pair: Pair, prefill: Any, decode: Any) -> None:
+    def __init__(self, pair: Pair, prefill: Any, decode: Any, raw: Any) -> None:
         self.pair = pair
+        self.raw = raw
+        """The decode worker's channel."""
         self.prefill = prefill
         self.decode = decode
 
@@ -132,7 +136,8 @@ async def gateway(folder: Path) -> AsyncIterator[Gateway]:
 
     tasks.append(asyncio.create_task(pump()))
     try:
-        yield Gateway(pair, *(vllm_engine_pb2_grpc.VllmEngineStub(channel) for channel in channels))
+        stubs = [vllm_engine_pb2_grpc.VllmEngineStub(channel) for channel in channels]
+        yield Gateway(pair, *stubs, raw=channels[-1])
     finally:
         for channel in channels:
             await channel.close()
@@ -314,6 +319,62 @@ def test_what_is_not_served_is_refused_by_name(field: str, request_: wire.Genera
             return
         code, details = await refusal_of(anext(aiter(one.prefill.Generate(request_of(max_tokens=5)))))
         assert (code, "max_tokens" in details) == (grpc.StatusCode.INVALID_ARGUMENT, True), details
+
+    run(tmp_path, body)
+
+
+def wild_request(random: Random) -> wire.GenerateRequest:
+    """A request whose fields hold what nobody should send, and some what anybody may."""
+    numbers = (0.0, -1.0, 0.5, 1.5, 1e30, math.nan, math.inf, -math.inf)
+    counts = (0, 1, 3, 2**31 - 1, 2**32 - 1)
+    sampling: dict[str, Any] = {}
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if random.random() < 0.3:
+            sampling[name] = random.choice(numbers)
+    for name in ("top_k", "max_tokens", "min_tokens"):
+        if random.random() < 0.3:
+            sampling[name] = random.choice(counts)
+    for name in ("logprobs", "prompt_logprobs", "seed"):
+        if random.random() < 0.3:
+            sampling[name] = random.choice((-(2**31), -1, 0, 5, 2**31 - 1))
+    if random.random() < 0.2:
+        sampling["logit_bias"] = {random.randint(-5, 60): random.choice(numbers) for _ in range(3)}
+    if random.random() < 0.2:
+        sampling["stop_token_ids"] = [random.choice(counts) for _ in range(3)]
+    request = request_of([random.randint(0, VOCAB_SIZE) for _ in range(random.randint(0, MAX_LEN + 3))], **sampling)
+    request.stream = random.random() < 0.5
+    if random.random() < 0.5:
+        handles = (
+            "",
+            "null",
+            "[" * 5000,
+            '{"duopool_handle": 1}',
+            '{"duopool_handle": "AAAA", "duopool_seal": {}}',
+            "é",
+        )
+        request.kv_transfer_params_json = random.choice(handles)
+    return request
+
+
+def test_nothing_that_is_sent_takes_a_worker_down(tmp_path: Path) -> None:
+    async def body(one: Gateway) -> None:
+        random, fine = Random(1), 0
+        for _ in range(300):
+            request = wild_request(random)
+            try:
+                fine += bool(
+                    [response async for response in random.choice((one.prefill, one.decode)).Generate(request)]
+                )
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, f"{error.details()}: {request}"
+        assert 0 < fine < 300
+        for name in ("Generate", "Abort", "GetLoads", "Embed"):
+            call = one.raw.unary_stream(f"/vllm.grpc.engine.VllmEngine/{name}")(random.randbytes(40))
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                _ = [answer async for answer in call]
+            assert refused.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
+        (answer,) = await one.generate(request_of())
+        assert list(answer.complete.output_ids) == expected()
 
     run(tmp_path, body)
 
