@@ -157,6 +157,8 @@ SEEDS_APART = 16
 """Seeds of choices count up from their request's."""
 CHAOS_S = 4.0
 """Faults befall the system before this."""
+LONGEST_JUMP_S = 2.0
+"""Workers remember ended attempts for 3 s of their own clock; the latest copy of a command must come before that."""
 FAST = {"heartbeat_s": 0.1, "lease_ttl_s": 1.5, "orphan_ttl_s": 0.6, "progress_watchdog_s": 0.6}
 
 
@@ -291,7 +293,7 @@ def _fault(
     if kind is Stall:
         return Stall(place=random.choice((worker, worker, router)), for_s=for_s)
     if kind is ClockJump:
-        return ClockJump(place=random.choice((worker, router)), by_s=for_s)
+        return ClockJump(place=random.choice((worker, router)), by_s=min(for_s, LONGEST_JUMP_S))
     if kind is Partition:
         pairs = [(router, worker), (random.choice(prefill), worker), ("client", router)]
         one, other = random.choices(pairs, weights=(6, 3, 1))[0]
