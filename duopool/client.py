@@ -240,7 +240,7 @@ class _Stream:
         self._num_idle_attempts = 0
         """Attempts since the last token."""
         self._request = request
-        num_choices = request.sampling.n if request.sampling.HasField("n") else 1
+        num_choices = max(1, request.sampling.n)
         given = request.resume_choices or [request.resume_from]
         self._outputs = {
             choice: list(given[choice].ids) if choice < len(given) else [] for choice in range(num_choices)

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from duopool import client as client_module
-from duopool.client import AsyncClient, Client, ServerUnavailable, StreamEvent
+from duopool.client import AsyncClient, Client, RequestRefused, ServerUnavailable, StreamEvent
 from duopool.proto import inference_pb2 as pb
 from duopool.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
@@ -139,6 +139,17 @@ def test_every_token_of_every_choice_comes_once_and_in_order(kind: str, breaks: 
     assert sorted(event.choice for event in events if isinstance(event, pb.Finished)) == [0, 1, 2]
     assert sum(isinstance(event, pb.Started) for event in events) == 1
     assert all(request.sampling.seed == 1000 for request in router.requests if request.resume_choices)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("n", [-1, 0, 1, 3])
+def test_a_refusal_is_told_whatever_n_is(kind: str, n: int) -> None:
+    class Refusing(InferenceServicer):
+        def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
+
+    with serving(Refusing()) as addresses, pytest.raises(RequestRefused, match="no"):
+        read(addresses, kind, n=n)
 
 
 def test_a_caller_continues_with_the_tokens_that_it_has() -> None:
