@@ -196,7 +196,7 @@ class WatchedWorker:
         book = getattr(self._worker, "_leases", None)
         holder = None if book is None else book.holder(rebind.lease_id)
         newest = self._requests[rebind.request_id].newest
-        if holder is not None and holder.lease.attempt < newest:
+        if holder is not None and not holder.lease.revoked and holder.lease.attempt < newest:
             self._breach(
                 f"gave the lease of {rebind.request_id[:6]} back to attempt {holder.lease.attempt}, "
                 f"after it was told of attempt {newest}"
