@@ -75,7 +75,11 @@ def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     params: list[SamplingParams] = [spec.params for spec in specs]
     temperatures = torch.tensor([each.temperature for each in params], device=logits.device).unsqueeze(1)
     # Moving the best logit to 0 first keeps a small temperature from overflowing.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures)
+    best = logits.amax(dim=-1, keepdim=True)
+    scaled = (logits - best).div_(temperatures)
+    if not best.isfinite().all():
+        # A bias without bounds, or rules that leave nothing: what is as good as the best is a candidate all the same.
+        scaled.nan_to_num_(nan=0.0, neginf=-math.inf)
     keys = noise_keys([each.seed for each in params], [len(spec.output_token_ids) for spec in specs], logits.device)
     free = [row for row, each in enumerate(params) if keeps_all(each, scaled.shape[1])]
     if not free:

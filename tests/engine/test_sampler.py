@@ -251,3 +251,15 @@ def test_an_extreme_row_still_gives_a_token() -> None:
     logits[0, 7] = 1e30
     for params in ({}, {"top_p": 0.1}, {"top_k": 3}, {"min_p": 1.0}, {"temperature": 0.0001}):
         assert sample(logits, [spec_of(**params)])[0].token_id == 7
+
+
+@pytest.mark.parametrize("limit", [{}, {"min_p": 0.5}, {"top_k": 3}, {"top_p": 0.5}])
+def test_a_row_that_rules_make_infinite_still_gives_a_token(limit: dict[str, float]) -> None:
+    """A penalty divides by next to nothing, or a minimum length forbids all there is."""
+    penalised = spec_of(prompt=[3, 5], temperature=1.0, repetition_penalty=1e-38, **limit)
+    banned = spec_of(eos=range(VOCAB), temperature=1.0, min_tokens=3, max_tokens=8, **limit)
+    logits = logits_of(2).abs() * 100 + 1
+    for specs in ([penalised], [banned], [penalised, banned]):
+        tokens = sample(logits[: len(specs)], specs)
+        assert all(0 <= token.token_id < VOCAB for token in tokens)
+    assert sample(logits[:1], [penalised])[0].token_id in (3, 5)
