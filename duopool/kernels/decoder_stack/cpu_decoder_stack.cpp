@@ -16,10 +16,13 @@ constexpr Status BAD_TOKEN = (Status)4, BAD_POSITION = (Status)5, BAD_SLOT = (St
 
 // One calling thread's memory, kept between calls.
 struct Scratch {
-    std::vector<float> residual, qkv, partials;
+    std::vector<float> residual, last_residual, qkv, partials;
     std::vector<char> query, mixed, gated, factors;
+    std::vector<int64_t> row_of_token;
+    std::vector<int32_t> last_starts;
     std::vector<Plan> plans;
     std::vector<const Plan*> plan_of_layer;
+    Plan last_plan;
     Team team;
 };
 
@@ -69,6 +72,25 @@ int32_t check(const StackModel& model, const StackCall& call, const AttentionCal
     return check(attention);
 }
 
+// Fills row_of_token and last_starts; false unless every request wants the logits of its last tokens (or of none) and the
+// rows are in order: what is not so goes through the last layer whole.
+bool narrow(const StackCall& call, Scratch& scratch) {
+    if (call.num_rows == call.num_tokens) return false;
+    scratch.row_of_token.assign(call.num_tokens, -1);
+    scratch.last_starts.assign(call.num_requests + 1, 0);
+    int64_t row = 0;
+    for (int64_t request = 0; request < call.num_requests; ++request) {
+        const int64_t first = call.query_starts[request], end = call.query_starts[request + 1], first_row = row;
+        while (row < call.num_rows && call.logits_rows[row] >= first && call.logits_rows[row] < end) ++row;
+        for (int64_t i = first_row; i < row; ++i) {
+            if (call.logits_rows[i] != end - (row - i)) return false;
+            scratch.row_of_token[call.logits_rows[i]] = i;
+        }
+        scratch.last_starts[request + 1] = (int32_t)row;
+    }
+    return row == call.num_rows;
+}
+
 // Layers with the same window as the one before share its plan. Returns the size of the largest one's partial sums.
 int64_t cut_layers(const StackModel& model, AttentionCall& attention, int64_t floats_per_row, Scratch& scratch) {
     int64_t most_partials = 0;
@@ -98,7 +120,7 @@ DUOPOOL_EXPORT int32_t duopool_decoder_stack(const StackModel* model_of_call, co
     const StackCall& call = *call_of_step;
     const int64_t bytes = model.is_bfloat16 ? 2 : 4, tokens = call.num_tokens;
     const int64_t heads = model.num_heads * model.head_dim;
-    StackMemory memory;
+    StackMemory memory = {};
     memory.residual = at_least(scratch.residual, tokens * model.hidden);
     memory.qkv = at_least(scratch.qkv, tokens * (heads + 2 * model.num_kv_heads * model.head_dim));
     memory.query = at_least(scratch.query, tokens * heads * bytes);
@@ -108,7 +130,20 @@ DUOPOOL_EXPORT int32_t duopool_decoder_stack(const StackModel* model_of_call, co
     const int32_t status = check(model, call, attention);
     if (status != DONE) return status;
     const int64_t floats_per_row = DUOPOOL_CALL(model.isa, partial_floats(attention, 1));
-    memory.partials = at_least(scratch.partials, cut_layers(model, attention, floats_per_row, scratch));
+    int64_t most_partials = cut_layers(model, attention, floats_per_row, scratch);
+    if (model.num_layers && narrow(call, scratch)) {
+        memory.row_of_token = scratch.row_of_token.data();
+        memory.last_starts = scratch.last_starts.data();
+        memory.last_residual = at_least(scratch.last_residual, call.num_rows * model.hidden);
+        AttentionCall last = attention;
+        last.window = model.layers[model.num_layers - 1].window;
+        last.query_starts = memory.last_starts;
+        last.num_tokens = call.num_rows;
+        cut_pieces(last, floats_per_row, scratch.last_plan);
+        scratch.plan_of_layer.back() = &scratch.last_plan;
+        most_partials = std::max(most_partials, scratch.last_plan.partial_floats);
+    }
+    memory.partials = at_least(scratch.partials, most_partials);
     memory.plans = scratch.plan_of_layer.data();
     PhaseState* const phases = scratch.team.begin(2 + 7 * model.num_layers);
     // Factors take at most a float each, or a byte and a share of their group's scale.

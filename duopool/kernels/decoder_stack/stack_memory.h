@@ -14,6 +14,10 @@ struct StackMemory {
     void* gated;      // [T, intermediate]
     float* partials;
     const Plan* const* plans;  // per layer
+    // Behind the keys and values of the last layer only tokens go on whose logits are wanted. Null: all go on.
+    const int64_t* row_of_token;  // [T]: their place among the rows of logits, or -1
+    float* last_residual;         // [R, hidden]
+    const int32_t* last_starts;   // [B + 1]: query_starts of those rows
 };
 
 struct StackThread {

@@ -171,15 +171,16 @@ DUOPOOL_INLINE void rotate(const float* x, const float* cos, const float* sin, i
     }
 }
 
-// Rotates the token's queries and keys, and writes its key and value into their slot.
+// Rotates the token's keys and, for the query of `row` unless that is -1, its queries; writes its key and value into
+// their slot.
 template <class T>
 DUOPOOL_TARGET void rotate_and_write(const StackModel& model, const StackCall& call, const StackMemory& memory,
-                                     int64_t layer, int64_t token) {
+                                     int64_t layer, int64_t token, int64_t row) {
     const int64_t dim = model.head_dim, half = dim / 2, num_heads = model.num_heads, num_kv_heads = model.num_kv_heads;
     const float* x = memory.qkv + token * (num_heads + 2 * num_kv_heads) * dim;
     const float *cos = model.cos + call.positions[token] * half, *sin = model.sin + call.positions[token] * half;
-    for (int64_t head = 0; head < num_heads; ++head)
-        rotate(x + head * dim, cos, sin, half, (T*)memory.query + (token * num_heads + head) * dim);
+    for (int64_t head = 0; head < num_heads && row >= 0; ++head)
+        rotate(x + head * dim, cos, sin, half, (T*)memory.query + (row * num_heads + head) * dim);
     const int64_t slot = call.slots[token];
     if (slot < 0) return;
     const int64_t place = slot / call.block_size * call.block_stride + slot % call.block_size * call.slot_stride;
@@ -211,19 +212,31 @@ DUOPOOL_TARGET void run_stack(const StackModel& model, const StackCall& call, co
     for (int64_t group; member.next(num_groups, group);)
         for (int64_t i = group * TOKENS_PER_PIECE; i < num_tokens && i < (group + 1) * TOKENS_PER_PIECE; ++i)
             embed<T>(model, call, memory, i);
+    int64_t num_rows = num_tokens;
+    float* residual = memory.residual;
     for (int64_t index = 0; index < model.num_layers; ++index) {
         const StackLayer& layer = model.layers[index];
+        const bool is_narrow = memory.row_of_token && index + 1 == model.num_layers;
         const int64_t qkv_width = layer.qkv.out_features, mixed_width = model.num_heads * dim;
-        product<T>(thread, layer.qkv,
-                   NormalisedRows{memory.residual, layer.attention_norm, model.hidden, model.eps, nullptr},
+        product<T>(thread, layer.qkv, NormalisedRows{residual, layer.attention_norm, model.hidden, model.eps, nullptr},
                    num_tokens, threads, StoreSums<float, float>{memory.qkv, qkv_width, layer.qkv.bias});
         for (int64_t group; member.next(num_groups, group);)
-            for (int64_t i = group * TOKENS_PER_PIECE; i < num_tokens && i < (group + 1) * TOKENS_PER_PIECE; ++i)
-                rotate_and_write<T>(model, call, memory, index, i);
+            for (int64_t i = group * TOKENS_PER_PIECE; i < num_tokens && i < (group + 1) * TOKENS_PER_PIECE; ++i) {
+                const int64_t row = is_narrow ? memory.row_of_token[i] : i;
+                rotate_and_write<T>(model, call, memory, index, i, row);
+                if (is_narrow && row >= 0)
+                    __builtin_memcpy(memory.last_residual + row * model.hidden, residual + i * model.hidden,
+                                     model.hidden * sizeof(float));
+            }
         AttentionCall here = attention;
         here.keys = call.keys[index];
         here.values = call.values[index];
         here.window = layer.window;
+        if (is_narrow) {
+            here.query_starts = memory.last_starts;
+            here.num_tokens = num_rows = call.num_rows;
+            residual = memory.last_residual;
+        }
         const Plan& plan = *memory.plans[index];
         for (int64_t i; member.next(plan.pieces.size(), i);) {
             const Piece& piece = plan.pieces[i];
@@ -233,15 +246,15 @@ DUOPOOL_TARGET void run_stack(const StackModel& model, const StackCall& call, co
             for (int64_t i; member.next(plan.splits.size(), i);)
                 merge<T>(here, plan.splits[i], memory.partials + plan.splits[i].first_partial);
         }
-        product<T>(thread, layer.out, StoredRows<T>{(const T*)memory.mixed, mixed_width}, num_tokens, threads,
-                   AddSums{memory.residual, model.hidden, layer.out.bias});
+        product<T>(thread, layer.out, StoredRows<T>{(const T*)memory.mixed, mixed_width}, num_rows, threads,
+                   AddSums{residual, model.hidden, layer.out.bias});
         product<T>(thread, layer.gate_up,
-                   NormalisedRows{memory.residual, layer.mlp_norm, model.hidden, model.eps, nullptr}, num_tokens,
-                   threads, GateSums<T>{(T*)memory.gated, model.intermediate, layer.gate_up.bias});
-        product<T>(thread, layer.down, StoredRows<T>{(const T*)memory.gated, model.intermediate}, num_tokens,
-                   threads, AddSums{memory.residual, model.hidden, layer.down.bias});
+                   NormalisedRows{residual, layer.mlp_norm, model.hidden, model.eps, nullptr}, num_rows, threads,
+                   GateSums<T>{(T*)memory.gated, model.intermediate, layer.gate_up.bias});
+        product<T>(thread, layer.down, StoredRows<T>{(const T*)memory.gated, model.intermediate}, num_rows, threads,
+                   AddSums{residual, model.hidden, layer.down.bias});
     }
-    product<T>(thread, model.head,
-               NormalisedRows{memory.residual, model.final_norm, model.hidden, model.eps, call.logits_rows},
+    const int64_t* const picked = memory.row_of_token ? nullptr : call.logits_rows;
+    product<T>(thread, model.head, NormalisedRows{residual, model.final_norm, model.hidden, model.eps, picked},
                call.num_rows, threads, StoreSums<float, float>{call.logits, model.vocab_size, model.head.bias});
 }
