@@ -28,7 +28,7 @@ from duopool.cluster.system import System
 from duopool.core.config import HandoffConfig
 from duopool.core.types import Role
 from duopool.engine.failpoints import FOLDER_VARIABLE
-from duopool.proto import inference_pb2_grpc
+from duopool.proto import inference_pb2, inference_pb2_grpc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -94,6 +94,17 @@ def test_clients_of_a_killed_router_go_on_at_the_other(system: System) -> None:
             for token_id in getattr(event, "token_ids", ())
         ]
     assert tokens == whole[0]
+
+
+def test_no_choice_notices_that_its_decode_worker_or_its_router_is_killed(system: System) -> None:
+    prompts = [prompt_of(20), prompt_of(21)]
+    whole = asyncio.run(complete(system.addresses, prompts, choices=4))
+    assert len(whole) == 8
+    (victim,) = [worker.pid for worker in state(system.address).workers if worker.worker_id == "decode-0"]
+    for kill in (lambda: os.kill(victim, signal.SIGKILL), kill_first_router(system)):
+        assert asyncio.run(complete(system.addresses, prompts, choices=4, when_halfway=kill)) == whole
+        until(lambda: answers(system.addresses[0]))
+        wait_for(system.addresses[0], has_workers(EVERYONE))
 
 
 def test_a_raw_client_goes_on_with_the_tokens_that_it_has(system: System) -> None:
@@ -174,27 +185,31 @@ async def complete(
     prompts: list[list[int]],
     *,
     max_tokens: int = 48,
+    choices: int = 1,
     resume_from: list[int] | None = None,
     when_halfway: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """Tokens of each prompt through the client library, greedy and sampled in turn."""
+    """Tokens of each choice of each prompt through the client library, greedy and sampled in turn."""
     seen = [0]
 
-    async def one(client: AsyncClient, at: int, prompt: list[int]) -> list[int]:
-        tokens: list[int] = []
+    async def one(client: AsyncClient, at: int, prompt: list[int]) -> list[list[int]]:
+        outputs: list[list[int]] = [[] for _ in range(choices)]
         sampling = {"temperature": 0.8, "seed": at} if at % 2 else {"temperature": 0}
         stream = client.generate(
-            token_ids=prompt, max_tokens=max_tokens, ignore_eos=True, resume_from=resume_from, **sampling
+            token_ids=prompt, max_tokens=max_tokens, n=choices, ignore_eos=True, resume_from=resume_from, **sampling
         )
         async for event in stream:
-            tokens += getattr(event, "token_ids", ())
+            if isinstance(event, inference_pb2.TokenChunk):
+                assert event.index == len(resume_from or ()) + len(outputs[event.choice])
+                outputs[event.choice] += event.token_ids
             seen[0] += 1
-            if seen[0] == 5 * len(prompts):
+            if seen[0] == 5 * choices * len(prompts):
                 when_halfway()
-        return tokens
+        return outputs
 
     async with AsyncClient(addresses) as client:
-        return list(await asyncio.gather(*(one(client, at, prompt) for at, prompt in enumerate(prompts))))
+        every = await asyncio.gather(*(one(client, at, prompt) for at, prompt in enumerate(prompts)))
+    return [output for outputs in every for output in outputs]
 
 
 def kill_first_router(system: System) -> Callable[[], None]:
