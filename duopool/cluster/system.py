@@ -52,7 +52,7 @@ class System:
 
     def __init__(self, config: ClusterConfig, ray_cluster: RayCluster, *, asked_model: ModelConfig) -> None:
         self._config = config
-        self._worker_model = config.model if ray_cluster.is_local else asked_model
+        self._model_source = (config.model if ray_cluster.is_local else asked_model).model
         self._ray = ray_cluster
         self._is_pinned = config.pin_pools
         """Once true always true: a pool whose last node is gone waits for one of its own kind."""
@@ -252,7 +252,8 @@ class System:
             num_threads=num_threads,
             shares_cores=not num_gpus and not self._is_pinned,
         )
-        return RayWorkerProcess(worker.model_copy(update={"model": self._worker_model}), options=options)
+        model = worker.model.model_copy(update={"model": self._model_source})
+        return RayWorkerProcess(worker.model_copy(update={"model": model}), options=options)
 
 
 NODE_ADDRESS = "auto"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from duopool.core.config import WorkerConfig
+from duopool.core.config import ModelConfig, WorkerConfig
 from duopool.core.kv_manager import KVCacheManager
 from duopool.core.messages import WorkerInfo
 from duopool.core.types import Incarnation, LeaseId, Role, WorkerId
@@ -178,7 +178,7 @@ class WorkerProcess:
             vocab_size=runner.vocab_size,
             dtype=runner.dtype,
             tokenizer_digest=tokenizer_digest(source.folder),
-            notes=(*runner.notes, *(() if engine is None else (engine.note,))),
+            notes=(*_rounding(config.model), *runner.notes, *(() if engine is None else (engine.note,))),
             pid=os.getpid(),
         )
 
@@ -218,6 +218,11 @@ class WorkerProcess:
         """Prove the worker's invariants; raise AssertionError naming what is wrong."""
         if self._assembly is not None:
             self._assembly.worker.check()
+
+
+def _rounding(model: ModelConfig) -> tuple[str, ...]:
+    """What an operator is told of rounded weights."""
+    return () if model.quantization is None else (f"weights rounded to {model.quantization}",)
 
 
 def _die(error: Exception) -> None:
