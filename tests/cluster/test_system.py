@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 
 from duopool.cluster import system as system_module
 from duopool.cluster.config import ClusterConfig
@@ -34,7 +35,8 @@ def test_decode_workers_alone_round_their_weights(
         started.append(worker)
 
     monkeypatch.setattr(system_module, "RayWorkerProcess", spawn)
-    monkeypatch.setattr(ray, "cluster_resources", dict)
+    # Not the real one: it reads its settings when it is first imported, and other tests start it with theirs.
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(cluster_resources=dict))
     cluster = RayCluster(address="nowhere", is_local=is_local, num_cpus=2, num_gpus=0, janitor=None, control_plane=None)
     system = System(config, cluster, asked_model=ModelConfig(model="asked"))
     for role in Role:
