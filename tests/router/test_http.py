@@ -80,6 +80,20 @@ def test_a_stream_adds_up_to_the_whole_answer(path: str, body: dict[str, Any]) -
             assert sums == choice["logprobs"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/completions", {"prompt": PROMPT, "n": 2}), ("/v1/chat/completions", {"messages": CHAT})]
+)
+def test_usage_comes_with_every_event_if_it_is_wanted(path: str, body: dict[str, Any]) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = ask_all([(path, {**body, "max_tokens": 6, "stream": True, "stream_options": options})])[0]
+    *events, last = events_of(stream.text)
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 1
+    assert counts[-1] == last["usage"]["completion_tokens"] == 6 * body.get("n", 1)
+    assert {event["usage"]["prompt_tokens"] for event in events} == {last["usage"]["prompt_tokens"]}
+
+
 def test_choices_of_several_prompts_are_numbered_through() -> None:
     answer = ask("/v1/completions", prompt=["a", "b"], n=2, max_tokens=4).json()
     texts = [choice["text"] for choice in answer["choices"]]
