@@ -22,7 +22,7 @@ PROMPTS = (
     "Water boils at",
     "In 1969, the first humans walked on the moon. " * 6,
 )
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 @pytest.mark.e2e
