@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from duopool.core.messages import GenerationRequest
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.types import BlockCopy, BlockId, RequestId, TokenLogprob
 
@@ -24,6 +25,21 @@ class SampleSpec:
     output_token_ids: Sequence[int]
     """Tokens emitted so far, over all attempts; its length is the position that keys the noise."""
     eos_token_ids: frozenset[int] = frozenset()
+
+
+def sample_specs(
+    request: GenerationRequest, output_token_ids: Sequence[int], eos_token_ids: frozenset[int]
+) -> tuple[SampleSpec, ...]:
+    """What is sampled behind `output_token_ids`: one token, or one for each choice of a carrier."""
+    return tuple(
+        SampleSpec(
+            params=output.params,
+            prompt_token_ids=output.prompt_token_ids,
+            output_token_ids=output_token_ids,
+            eos_token_ids=eos_token_ids,
+        )
+        for output in request.outputs
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 from duopool.core.handoff.slot import Slot
 from duopool.core.messages import Copied, GenerationRequest, Joined, Reserved, Tokens
-from duopool.core.step import Chunk, SampleSpec
+from duopool.core.step import Chunk, sample_specs
 from duopool.core.types import BlockId, BlockKey, FinishReason, RequestId, TokenLogprob
 from duopool.core.worker import SessionId
 
@@ -137,21 +137,13 @@ class DecodeRequest:
         """The next `num_tokens` tokens; when they are the last ones known, a new token is sampled behind them."""
         start, end = self.num_computed_tokens, self.num_computed_tokens + num_tokens
         is_last = end == self.num_tokens
-        samples = tuple(
-            SampleSpec(
-                params=output.params,
-                prompt_token_ids=output.prompt_token_ids,
-                output_token_ids=self.output,
-                eos_token_ids=eos_token_ids,
-            )
-            for output in self.request.outputs
-        )
+        samples = sample_specs(self.request, self.output, eos_token_ids) if is_last else ()
         return Chunk(
             request_id=self.table,
             token_ids=self.tokens(start, end),
             start=start,
             block_ids=block_ids,
-            samples=samples if is_last else (),
+            samples=samples,
             prompt_logprobs=self.num_prompt_logprobs,
             next_token_id=None if is_last else self.tokens(end, end + 1)[0],
         )

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 from duopool.core.handoff.lease import Lease
 from duopool.core.messages import Accepted, BlocksReady, GenerationRequest, LeaseRef, SealedBlock, Tokens
-from duopool.core.step import Chunk, SampleSpec
+from duopool.core.step import Chunk, sample_specs
 from duopool.core.types import BlockId, BlockKey, RequestId, TokenLogprob
 from duopool.core.worker import SessionId
 
@@ -85,21 +85,13 @@ class PrefillRequest:
         """The next `num_tokens` tokens; the last ones of the prefix sample the first token."""
         start, end = self.num_computed_tokens, self.num_computed_tokens + num_tokens
         is_last = end == self.num_tokens
-        samples = tuple(
-            SampleSpec(
-                params=output.params,
-                prompt_token_ids=output.prompt_token_ids,
-                output_token_ids=output.output_token_ids,
-                eos_token_ids=eos_token_ids,
-            )
-            for output in self.request.outputs
-        )
+        samples = sample_specs(self.request, self.request.output_token_ids, eos_token_ids) if is_last else ()
         return Chunk(
             request_id=self.table,
             token_ids=self.token_ids[start:end],
             start=start,
             block_ids=block_ids,
-            samples=samples if is_last else (),
+            samples=samples,
             prompt_logprobs=self.num_prompt_logprobs,
             next_token_id=None if is_last else self.token_ids[end],
         )
