@@ -7,29 +7,22 @@ from itertools import pairwise
 
 import pytest
 import torch
+from compiled import ISAS, compiled, needs_library
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from duopool.kernels import ops
-from duopool.kernels.cpu_library import CpuLibrary, Isa, library
+from duopool.kernels.cpu_library import Isa
 from duopool.kernels.decoder_stack import cpu
 from duopool.kernels.decoder_stack.cpu import PackedStack
 from duopool.kernels.decoder_stack.reference import decoder_stack as reference
 from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, StackWeights
 from duopool.kernels.linear.reference import rounded_to
 
-COMPILED = library()
-ISAS = [isa for isa in Isa if COMPILED is not None and isa <= COMPILED.isa]
-needs_library = pytest.mark.skipif(COMPILED is None, reason="the compiled kernels are not built")
 BLOCK_SIZE = 4
 NUM_BLOCKS = 40
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-
-
-def compiled(isa: Isa) -> CpuLibrary:
-    assert COMPILED is not None
-    return replace(COMPILED, isa=isa)
 
 
 def make_weights(

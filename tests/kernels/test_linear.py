@@ -6,23 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compiled import COMPILED, ISAS, compiled, needs_library
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from duopool.kernels import ops
-from duopool.kernels.cpu_library import CpuLibrary, Isa, library
+from duopool.kernels.cpu_library import Isa
 from duopool.kernels.linear import cpu
 from duopool.kernels.linear.reference import linear as reference
 
-COMPILED = library()
-ISAS = [isa for isa in Isa if COMPILED is not None and isa <= COMPILED.isa]
-needs_library = pytest.mark.skipif(COMPILED is None, reason="the compiled kernels are not built")
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
-
-
-def compiled(isa: Isa) -> CpuLibrary:
-    assert COMPILED is not None
-    return replace(COMPILED, isa=isa)
 
 
 @needs_library

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from compiled import ISAS, compiled, needs_library
 
 from duopool.engine.sampling_noise import gumbel_noise, louder_than, noise_keys
-from duopool.kernels.cpu_library import Isa, library
+from duopool.kernels.cpu_library import Isa
 from duopool.kernels.loud_indices import cpu
 
-COMPILED = library()
-ISAS = [isa for isa in Isa if COMPILED is not None and isa <= COMPILED.isa]
 BOUNDS = torch.tensor([-1.5, 0.0, 2.0, 4.5, 9.0], dtype=torch.float64)
 
 
@@ -31,13 +28,12 @@ def test_no_loud_token_is_above_the_limit_and_few_others_are_below(size: int) ->
     assert int((is_below & ~is_louder).sum()) <= 2
 
 
-@pytest.mark.skipif(COMPILED is None, reason="the compiled kernels are not built")
+@needs_library
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name.lower())
 @pytest.mark.parametrize("size", [1, 63, 64, 1000, 49152])
 def test_names_the_loud(isa: Isa, size: int) -> None:
-    assert COMPILED is not None
     keys, noise = noise_of(size)
-    found, counts = cpu.loud_indices(replace(COMPILED, isa=isa), keys, louder_than(BOUNDS), size=size, capacity=size)
+    found, counts = cpu.loud_indices(compiled(isa), keys, louder_than(BOUNDS), size=size, capacity=size)
     for row, bound in enumerate(BOUNDS.tolist()):
         count = int(counts[row])
         names = found[row, :count].tolist()
@@ -48,9 +44,8 @@ def test_names_the_loud(isa: Isa, size: int) -> None:
         assert not quiet & set(names)
 
 
-@pytest.mark.skipif(COMPILED is None, reason="the compiled kernels are not built")
+@needs_library
 def test_counts_what_does_not_fit() -> None:
-    assert COMPILED is not None
     keys, _ = noise_of(1000)
-    _, counts = cpu.loud_indices(COMPILED, keys, louder_than(BOUNDS), size=1000, capacity=3)
+    _, counts = cpu.loud_indices(compiled(ISAS[-1]), keys, louder_than(BOUNDS), size=1000, capacity=3)
     assert int(counts[0]) > 900

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from compiled import ISAS, compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duopool.kernels.cpu_library import Isa, library
 from duopool.kernels.top_candidates import cpu, reference
 
-COMPILED = library()
-ISAS = [isa for isa in Isa if COMPILED is not None and isa <= COMPILED.isa]
 TopCandidates = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]
 IMPLEMENTATIONS: dict[str, TopCandidates] = {"torch": reference.top_candidates}
-if COMPILED is not None:
-    IMPLEMENTATIONS |= {isa.name.lower(): partial(cpu.top_candidates, replace(COMPILED, isa=isa)) for isa in ISAS}
+IMPLEMENTATIONS |= {isa.name.lower(): partial(cpu.top_candidates, compiled(isa)) for isa in ISAS}
 
 
 def eligible(scores: list[float], floor: float, top_k: int) -> set[int]:
