@@ -23,15 +23,13 @@ DUOPOOL_EXPORT void duopool_top_candidates(int32_t isa, const float* scores, int
         const int64_t room = size + 64;
         floats.resize(3 * room);
         places.resize(room);
-        const struct {
-            float *values, *weights, *some;
-        } memory = {floats.data(), floats.data() + room, floats.data() + 2 * room};
+        float* const values = floats.data();
         counts[row] = DUOPOOL_CALL(isa, candidates(scores + row * row_stride, size, floors[row], top_k[row], top_p[row],
-                                                   {memory.values, places.data(), memory.weights, memory.some},
+                                                   {values, places.data(), values + room, values + 2 * room},
                                                    bounds[row]));
         if (counts[row] > capacity) continue;
         for (int64_t i = 0; i < capacity; ++i) {
-            best[row * capacity + i] = i < counts[row] ? memory.values[i] : -INFINITY;
+            best[row * capacity + i] = i < counts[row] ? values[i] : -INFINITY;
             indices[row * capacity + i] = i < counts[row] ? places[i] : 0;
         }
     }
