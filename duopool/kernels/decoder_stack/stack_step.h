@@ -240,7 +240,8 @@ DUOPOOL_TARGET void run_stack(const StackModel& model, const StackCall& call, co
         const Plan& plan = *memory.plans[index];
         for (int64_t i; member.next(plan.pieces.size(), i);) {
             const Piece& piece = plan.pieces[i];
-            attend<T>(here, piece, thread.attention, piece.partial < 0 ? nullptr : memory.partials + piece.partial);
+            attend<T>(here, piece, plan.after(i, threads), thread.attention,
+                      piece.partial < 0 ? nullptr : memory.partials + piece.partial);
         }
         if (!plan.splits.empty()) {
             for (int64_t i; member.next(plan.splits.size(), i);)

@@ -89,6 +89,15 @@ DUOPOOL_INLINE void find_slots(const AttentionCall& call, const Piece& piece, in
     }
 }
 
+// The same for the tile of a piece that begins at `first`; returns how many keys it has.
+template <class T>
+DUOPOOL_INLINE int64_t find_tile(const AttentionCall& call, const Piece& piece, int64_t first, const T** keys,
+                                 const T** values) {
+    const int64_t count = piece.last_key - first < KEY_TILE ? piece.last_key - first : KEY_TILE;
+    find_slots(call, piece, first, count, keys, values);
+    return count;
+}
+
 // Positions [*first, *last) that a row sees within the tile of `count` keys at `tile`, relative to the tile.
 DUOPOOL_INLINE void visible(const AttentionCall& call, int64_t position, int64_t tile, int64_t count, int64_t* first,
                             int64_t* last) {
@@ -139,11 +148,12 @@ DUOPOOL_INLINE void clear(Sums& sums, int64_t rows, int64_t dim) {
 }
 
 // Asks for rows that are needed soon: pages are too short and too scattered for the hardware to guess the next one. Spread
-// over the arithmetic, a few lines at a time; more at once would only wait for each other.
+// over the arithmetic, a few lines at a time; more at once would only wait for each other. Into the second cache: the
+// first one can wait for too few lines at once to keep up with the memory.
 template <class T>
 DUOPOOL_INLINE void prefetch(const T* const* rows, int64_t count, int64_t dim) {
     for (int64_t i = 0; i < count; ++i)
-        for (int64_t at = 0; at < dim; at += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows[i] + at);
+        for (int64_t at = 0; at < dim; at += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows[i] + at, 0, 2);
 }
 
 // scores[R][4] of R rows with four keys.
@@ -263,25 +273,26 @@ struct Expanded {
 // Rows that are taken at once, of those that are left.
 DUOPOOL_INLINE int64_t rows_at_once(int64_t left) { return left == 4 ? 2 : left < 3 ? left : 3; }
 
-// Few rows: keys and values are read where they lie.
+// Few rows: keys and values are read where they lie. `after` is what this thread is likely to do next, or null.
 template <class T, class Way>
-DUOPOOL_INLINE void attend_in_place(const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
+DUOPOOL_INLINE void attend_in_place(const AttentionCall& call, const Piece& piece, const Piece* after, Workspace& work,
+                                    Sums& sums) {
     const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim), rows = piece.num_rows;
     const int64_t group = call.num_heads / call.num_kv_heads;
     const int64_t num_queries = call.query_starts[piece.request + 1] - call.query_starts[piece.request];
     const int64_t first_position = call.kv_lengths[piece.request] - num_queries;
     const T *slots[2][2][KEY_TILE + 4];  // this tile and the next one: keys, values
-    int64_t next_count = piece.last_key - piece.first_key < KEY_TILE ? piece.last_key - piece.first_key : KEY_TILE;
+    int64_t next_count = find_tile(call, piece, piece.first_key, slots[0][0], slots[0][1]);
     int now = 1;
-    find_slots(call, piece, piece.first_key, next_count, slots[0][0], slots[0][1]);
     for (int64_t tile = piece.first_key; tile < piece.last_key; tile += KEY_TILE) {
         now = 1 - now;
         const T **keys = slots[now][0], **values = slots[now][1];
         const int64_t count = next_count, next = tile + KEY_TILE;
-        if (next < piece.last_key) {
-            next_count = piece.last_key - next < KEY_TILE ? piece.last_key - next : KEY_TILE;
-            find_slots(call, piece, next, next_count, slots[1 - now][0], slots[1 - now][1]);
-        }
+        next_count = 0;
+        if (next < piece.last_key)
+            next_count = find_tile(call, piece, next, slots[1 - now][0], slots[1 - now][1]);
+        else if (after)
+            next_count = find_tile(call, *after, after->first_key, slots[1 - now][0], slots[1 - now][1]);
         for (int64_t i = count; i % 4; ++i) {
             keys[i] = keys[count - 1];
             values[i] = values[count - 1];
@@ -308,12 +319,12 @@ DUOPOOL_INLINE void attend_in_place(const AttentionCall& call, const Piece& piec
         }
         // Filled up, so that asking for a whole tile of them is always right.
         const T** const next_keys = slots[1 - now][0];
-        if (next < piece.last_key)
+        if (next_count)
             for (int64_t i = next_count; i < KEY_TILE; ++i) next_keys[i] = next_keys[next_count - 1];
         for (int64_t r = 0, some; r < rows; r += some) {
             const auto* weights = (const typename Way::Weight*)(work.scores + r * KEY_TILE);
             float* mixed = sums.mixed + r * value_dim;
-            const T* const* soon = r == 0 && next < piece.last_key ? next_keys : nullptr;
+            const T* const* soon = r == 0 && next_count ? next_keys : nullptr;
             some = rows_at_once(rows - r);
             if (some == 3)
                 Way::template mix<3>(weights, values, count, call.value_dim, mixed, value_dim, soon, call.key_dim);
@@ -422,29 +433,32 @@ DUOPOOL_INLINE void write_rows(const AttentionCall& call, const Piece& piece, Su
 #endif
 
 template <class T>
-DUOPOOL_INLINE void attend_rows(T, const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
+DUOPOOL_INLINE void attend_rows(T, const AttentionCall& call, const Piece& piece, const Piece* after, Workspace& work,
+                                Sums& sums) {
     stage_query<T>(call, piece, work.query);
     if (piece.num_rows <= FEW_ROWS)
-        attend_in_place<T, Expanded<T>>(call, piece, work, sums);
+        attend_in_place<T, Expanded<T>>(call, piece, after, work, sums);
     else
         attend_staged<T>(call, piece, work, sums);
 }
 #ifdef DUOPOOL_DOTS
-DUOPOOL_INLINE void attend_rows(Bfloat16, const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
+DUOPOOL_INLINE void attend_rows(Bfloat16, const AttentionCall& call, const Piece& piece, const Piece* after,
+                                Workspace& work, Sums& sums) {
     stage_query_pairs(call, piece, (Bfloat16*)work.query);
     if (piece.num_rows <= FEW_ROWS)
-        attend_in_place<Bfloat16, Dots>(call, piece, work, sums);
+        attend_in_place<Bfloat16, Dots>(call, piece, after, work, sums);
     else
         attend_staged_dots(call, piece, work, sums);
 }
 #endif
 
 template <class T>
-DUOPOOL_TARGET void attend(const AttentionCall& call, const Piece& piece, float* memory, float* partial) {
+DUOPOOL_TARGET void attend(const AttentionCall& call, const Piece& piece, const Piece* after, float* memory,
+                           float* partial) {
     Workspace work = cut(call, memory);
     Sums sums = partial ? partial_sums(partial, piece.num_rows) : work.sums;
     clear(sums, piece.num_rows, padded(call.value_dim));
-    attend_rows(T{}, call, piece, work, sums);
+    attend_rows(T{}, call, piece, after, work, sums);
     if (!partial) write_rows<T>(call, piece, sums);
 }
 

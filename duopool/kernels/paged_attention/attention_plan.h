@@ -18,6 +18,11 @@ struct Plan {
     std::vector<Piece> pieces;
     std::vector<Split> splits;
     int64_t partial_floats = 0, cost = 0;
+
+    // What the thread that does piece `index` is likely to do next when threads take pieces in turn, or null.
+    const Piece* after(int64_t index, int64_t num_threads) const {
+        return index + num_threads < (int64_t)pieces.size() ? &pieces[index + num_threads] : nullptr;
+    }
 };
 
 inline int64_t first_seen_key(const AttentionCall& call, int64_t position) {

@@ -25,7 +25,7 @@ void run(const AttentionCall& call, const Plan& plan, float* partials, int num_t
         for (int64_t i = 0; i < num_pieces; ++i) {
             const Piece& piece = plan.pieces[i];
             float* const partial = piece.partial < 0 ? nullptr : partials + piece.partial;
-            DUOPOOL_CALL(call.isa, attend<T>(call, piece, memory, partial));
+            DUOPOOL_CALL(call.isa, attend<T>(call, piece, plan.after(i, num_threads), memory, partial));
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < num_splits; ++i)
