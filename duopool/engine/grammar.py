@@ -64,7 +64,9 @@ class GrammarMasks:
             matcher.consume_tokens(list(output))
         mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         if matcher.is_error():
-            log.warning("a grammar ends its output after %d tokens: %s", len(output), matcher.get_error())
+            # The first line is llguidance's own words; behind it comes the whole grammar.
+            reason = matcher.get_error().partition("\n")[0]
+            log.warning("a grammar ends its output after %d tokens: %s", len(output), reason)
         self._matchers[grammar, output] = matcher
         if len(self._matchers) > MAX_MATCHERS:
             self._matchers.popitem(last=False)

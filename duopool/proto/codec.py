@@ -7,7 +7,7 @@ worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import msgspec
@@ -30,12 +30,23 @@ READ_METHOD = f"/{KV_SOURCE_SERVICE}/Read"
 VALIDATE_METHOD = f"/{KV_SOURCE_SERVICE}/Validate"
 
 MAX_INTERNAL_MESSAGE_BYTES = 256 << 20
+"""What a worker may say at once: a page, or all that it has cached."""
+MAX_COMMANDS_BYTES = 16 << 20
+"""What a worker takes at once: reading it holds the process up. Prompts of three million tokens fit."""
 INTERNAL_CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_INTERNAL_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_INTERNAL_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
+REFUSE_AT_ONCE = ("grpc.http.tarpit", 0)
+"""Option of every server. By default gRPC keeps who sends too large a message waiting for 0.1 to 1 s."""
+INTERNAL_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_COMMANDS_BYTES),
+    REFUSE_AT_ONCE,
+    *INTERNAL_CHANNEL_OPTIONS[1:],
+)
+"""A larger message is refused with RESOURCE_EXHAUSTED, unread."""
 
 T = TypeVar("T")
 
@@ -61,3 +72,14 @@ decode_description = decoder(SourceDescription)
 decode_read = decoder(ReadBlocks)
 decode_validate = decoder(Validate)
 decode_verdict = decoder(Verdict)
+
+
+def encode_commands(batch: CommandBatch, *, max_bytes: int = MAX_COMMANDS_BYTES) -> Iterator[bytes]:
+    """The batch in as many messages as it takes for each to be read; one command is never cut."""
+    data = encode(batch)
+    if len(data) <= max_bytes or len(batch.commands) == 1:
+        yield data
+        return
+    middle = len(batch.commands) // 2
+    for part in (batch.commands[:middle], batch.commands[middle:]):
+        yield from encode_commands(CommandBatch(commands=part), max_bytes=max_bytes)

@@ -88,7 +88,7 @@ class InternalAccess:
     def server(self) -> grpc.aio.Server:
         """A server that refuses every call without the credential; give it ports with `add_port`."""
         guard = Guard(lambda _, metadata: self.admits(metadata), "internal calls need the cluster credential")
-        return grpc.aio.server(options=codec.INTERNAL_CHANNEL_OPTIONS, interceptors=(guard,))
+        return grpc.aio.server(options=codec.INTERNAL_SERVER_OPTIONS, interceptors=(guard,))
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Have `server` listen at host:port; returns the port. RuntimeError if it cannot."""

@@ -30,7 +30,7 @@ class Connection(Protocol):
         ...
 
     async def write(self, batch: CommandBatch) -> None:
-        """Hand a message to the stream; ConnectionBroken if it is over."""
+        """Hand commands to the stream; ConnectionBroken if it is over."""
         ...
 
 
@@ -45,7 +45,7 @@ def connector(access: InternalAccess) -> Connect:
     async def connect(address: str, incarnation: Incarnation) -> AsyncIterator[Connection]:
         async with access.aio_channel(address) as channel:
             # Answers are decoded by us: gRPC would log what cannot be read and go on with None.
-            method = channel.stream_stream(codec.SESSION_METHOD, request_serializer=codec.encode)
+            method = channel.stream_stream(codec.SESSION_METHOD)
             call = method(metadata=((INCARNATION_KEY, str(incarnation)), *access.metadata))
             try:
                 yield _GrpcConnection(call)
@@ -72,7 +72,8 @@ class _GrpcConnection:
 
     async def write(self, batch: CommandBatch) -> None:
         try:
-            await self._call.write(batch)
+            for data in codec.encode_commands(batch):
+                await self._call.write(data)
         except grpc.RpcError as error:
             raise ConnectionBroken(_reason(error)) from error
 

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from duopool.core.config import RouterConfig
 from duopool.core.types import Role
 from duopool.proto import inference_pb2
+from duopool.proto.codec import REFUSE_AT_ONCE
 from duopool.proto.internal_access import InternalAccess
 from duopool.proto.rpc import service_handler
 from duopool.router.admin_service import AdminService
@@ -152,6 +153,7 @@ class RouterServer:
             options=(
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
+                REFUSE_AT_ONCE,
                 # A client whose machine vanished is noticed although nothing arrives from it.
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),

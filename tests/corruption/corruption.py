@@ -58,7 +58,7 @@ from duopool.engine.transfer.grpc_reader import GrpcReader
 from duopool.engine.transfer.grpc_source import add_kv_source
 from duopool.engine.transfer.transport import BlockReader
 from duopool.prefill_worker.worker import PrefillWorker
-from duopool.proto.codec import INTERNAL_CHANNEL_OPTIONS
+from duopool.proto.codec import INTERNAL_SERVER_OPTIONS
 
 NUM_BLOCKS = 128
 NUM_AT_ONCE = 6
@@ -263,7 +263,7 @@ def _serve(add: Callable[[aio.Server], None]) -> tuple[str, Callable[[], None]]:
     ended = asyncio.Event()
 
     async def serve() -> None:
-        server = aio.server(options=INTERNAL_CHANNEL_OPTIONS)
+        server = aio.server(options=INTERNAL_SERVER_OPTIONS)
         add(server)
         ports.append(server.add_insecure_port("127.0.0.1:0"))
         await server.start()

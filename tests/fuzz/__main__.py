@@ -2,6 +2,7 @@
 
 Exit status 0 if no process ended, no call took longer than `--hang-s`, none was answered INTERNAL or UNKNOWN, the
 neighbours' streams stayed the same token for token, and audits and the workers' own checks found nothing in the end.
+A call that is answered with tokens may take as much longer as the neighbours' streams did for so many, on the average.
 Then workers lie to a router, and KV sources to readers (`liars.py`, `lying_source.py`), in a twentieth of the cases.
 """
 
@@ -33,6 +34,7 @@ from .target import Target
 from .tiny import make_tiny_model
 
 NUM_THREADS = 6
+NUM_STREAM_TOKENS = 40
 LIES_SHARE = 80
 """One of so many cases goes to each of the four kinds of liars."""
 MAX_SHOWN = 12
@@ -48,11 +50,34 @@ class Report:
     kinds: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     num_hangs: int = 0
+    num_long: int = 0
+    """Answers that took more than a hang's time, for all their tokens."""
     slowest_s: float = 0.0
+    """Without the time of the answer's tokens."""
     num_streams: int = 0
+    streams_s: float = 0.0
+    """Time of all neighbours' streams together."""
     changed: list[str] = field(default_factory=list)
     exits: int = 0
     remains: list[str] = field(default_factory=list)
+
+    @property
+    def token_s(self) -> float:
+        """What each token of a neighbour's stream took."""
+        return self.streams_s / (self.num_streams * NUM_STREAM_TOKENS) if self.num_streams else 0.0
+
+    def judge(self, name: str, outcome: Outcome, seconds: float, *, hang_s: float) -> None:
+        """Take in how a case ended, once all streams have."""
+        self.codes[outcome.code] += 1
+        self.kinds[outcome.kind.split(" ")[0]] += 1
+        beyond_s = seconds - outcome.num_tokens * self.token_s
+        self.slowest_s = max(self.slowest_s, beyond_s)
+        self.num_long += beyond_s <= hang_s < seconds
+        if outcome.code == "HANG" or beyond_s > hang_s:
+            self.num_hangs += 1
+            self.wrong.append(f"{name} {outcome.kind}: {outcome.code} after {seconds:.2f} s")
+        elif outcome.code in WRONG:
+            self.wrong.append(f"{name} {outcome.kind}: {outcome.code} {outcome.detail}")
 
     @property
     def is_good(self) -> bool:
@@ -64,6 +89,7 @@ class Report:
             f"{sum(self.codes.values())} cases: {self.exits} processes ended, {self.num_hangs} hangs (slowest case "
             f"{self.slowest_s:.2f} s), {num_wrong} answered {' or '.join(WRONG)}; {self.num_streams} neighbours' "
             f"streams, {len(self.changed)} changed; {len(self.remains)} things left behind",
+            f"a neighbour's token took {1000 * self.token_s:.1f} ms, {self.num_long} answers as long for all theirs",
             "codes: " + ", ".join(f"{code} {count}" for code, count in self.codes.most_common()),
             "kinds: " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.kinds.items())),
         ]
@@ -73,17 +99,7 @@ class Report:
 def fuzz(num_cases: int, seed: int, *, hang_s: float, model: Path) -> Report:
     """Run the cases; the same seed draws the same cases, in `NUM_THREADS` streams of them."""
     report, lock, is_over = Report(), threading.Lock(), threading.Event()
-
-    def take(outcome: Outcome, seconds: float, name: str) -> None:
-        with lock:
-            report.codes[outcome.code] += 1
-            report.kinds[outcome.kind.split(" ")[0]] += 1
-            report.slowest_s = max(report.slowest_s, seconds)
-            if outcome.code == "HANG" or seconds > hang_s:
-                report.num_hangs += 1
-                report.wrong.append(f"{name} {outcome.kind}: {outcome.code} after {seconds:.2f} s")
-            elif outcome.code in WRONG:
-                report.wrong.append(f"{name} {outcome.kind}: {outcome.code} {outcome.detail}")
+    taken: list[tuple[str, Outcome, float]] = []
 
     def attack(thread: int) -> None:
         cases = Cases(target, Random(f"{seed} {thread}"))
@@ -94,7 +110,7 @@ def fuzz(num_cases: int, seed: int, *, hang_s: float, model: Path) -> Report:
                     outcome = cases.run()
                 except Exception as error:  # a mistake of the fuzzer's is a finding too
                     outcome = Outcome("fuzzer", "UNKNOWN", repr(error))
-                take(outcome, time.monotonic() - began, f"seed {seed} case {number}")
+                taken.append((f"seed {seed} case {number}", outcome, time.monotonic() - began))
                 if target.exits:
                     return
         finally:
@@ -102,20 +118,23 @@ def fuzz(num_cases: int, seed: int, *, hang_s: float, model: Path) -> Report:
 
     def stream(client: Client, at: int) -> list[int]:
         sampled = {"temperature": 0.8, "seed": at} if at % 2 else {"temperature": 0.0}
-        asked = {"token_ids": range(40 + at, 80 + at), "max_tokens": 40, "ignore_eos": True, **sampled}
+        asked = {"token_ids": range(40 + at, 80 + at), "max_tokens": NUM_STREAM_TOKENS, "ignore_eos": True, **sampled}
         events = client.generate(timeout_s=STREAM_TIMEOUT_S, **asked)
         return [token for event in events if isinstance(event, pb.TokenChunk) for token in event.token_ids]
 
     def live_beside(at: int, expected: list[int]) -> None:
         with Client(target.address) as client:
             while not is_over.is_set():
+                began = time.monotonic()
                 try:
                     tokens = stream(client, at)
                 except CallFailed as error:
                     if not target.exits:
                         report.changed.append(f"neighbour {at}: {error}")
                     return
-                report.num_streams += 1
+                with lock:
+                    report.num_streams += 1
+                    report.streams_s += time.monotonic() - began
                 if tokens != expected:
                     report.changed.append(f"neighbour {at}: {tokens}, expected {expected}")
 
@@ -134,6 +153,8 @@ def fuzz(num_cases: int, seed: int, *, hang_s: float, model: Path) -> Report:
         report.exits = target.exits
         if not report.exits:
             report.remains = target.come_to_rest()
+    for name, outcome, seconds in taken:
+        report.judge(name, outcome, seconds, hang_s=hang_s)
     return report
 
 

@@ -57,6 +57,8 @@ class Outcome:
     kind: str
     code: str
     detail: str = ""
+    num_tokens: int = 0
+    """Generated tokens in the answer."""
 
 
 class Cases:
@@ -189,6 +191,8 @@ class Cases:
                 batches.append(mutated_message(random, batch))
             else:
                 batches.append(codec.encode(batch))
+        if random.random() < 0.002:
+            batches.append(bytes(codec.MAX_COMMANDS_BYTES + 1))
         metadata = (("incarnation", str(incarnation)),)
         return self._call(f"session {role} {kind}", self._workers[role], codec.SESSION_METHOD, batches, metadata)
 
@@ -352,8 +356,10 @@ class Cases:
             return Outcome(f"http {path}", "CLOSED", repr(error))
         finally:
             connection.close()
-        code = "INTERNAL" if answer.status == 500 else str(answer.status)
-        return Outcome(f"http {path}", code, text[:200].decode(errors="replace") if code == "INTERNAL" else "")
+        if answer.status == 500:
+            return Outcome(f"http {path}", "INTERNAL", text[:200].decode(errors="replace"))
+        usage = json.loads(text).get("usage", {}) if answer.status == 200 else {}
+        return Outcome(f"http {path}", str(answer.status), num_tokens=usage.get("completion_tokens", 0))
 
     def _tcp(self) -> Outcome:
         """Bytes that are no HTTP/2, or stop being it, on any of the ports."""
@@ -385,12 +391,15 @@ class Cases:
         """Send all messages, read everything; `leave_after` messages the caller goes away."""
         shown = () if channel is self._public else self._target.access.metadata
         call = channel.stream_stream(method)(iter(messages), metadata=(*metadata, *shown), timeout=CASE_TIMEOUT_S)
+        num_tokens = 0
         with contextlib.suppress(grpc.RpcError):
-            for number, _ in enumerate(call):
+            for number, message in enumerate(call):
+                if method.endswith("/Generate"):
+                    num_tokens += len(pb.GenerateResponse.FromString(message).tokens.token_ids)
                 if leave_after is not None and number >= leave_after:
                     call.cancel()
                     break
         code = call.code()
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and "deadline passed" not in (call.details() or ""):
             return Outcome(kind, "HANG", call.details())
-        return Outcome(kind, code.name, call.details() or "")
+        return Outcome(kind, code.name, call.details() or "", num_tokens)

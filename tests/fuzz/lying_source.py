@@ -115,7 +115,7 @@ def lying_source(store: FakeStore, random: Random, *, transport: str) -> Iterato
     agent = make_nixl_source(transport, store, worker_id=WorkerId("liar"), incarnation=LIFE)  # type: ignore[arg-type]
 
     async def serve() -> None:
-        server = aio.server(options=codec.INTERNAL_CHANNEL_OPTIONS)
+        server = aio.server(options=codec.INTERNAL_SERVER_OPTIONS)
         LyingSource(store, random, b"" if agent is None else agent.agent_metadata).add_to(server)
         ports.append(server.add_insecure_port("127.0.0.1:0"))
         await server.start()

@@ -18,7 +18,7 @@ from duopool.engine.transfer.factory import make_nixl_source
 from duopool.engine.transfer.grpc_source import add_kv_source
 from duopool.engine.transfer.in_process import InProcessNetwork
 from duopool.engine.transfer.source import KvSource, RemoteReadable
-from duopool.proto.codec import INTERNAL_CHANNEL_OPTIONS
+from duopool.proto.codec import INTERNAL_SERVER_OPTIONS
 
 NOW = 100.0
 
@@ -143,7 +143,7 @@ def start_source(
     ended = asyncio.Event()
 
     async def serve() -> None:
-        server = aio.server(options=INTERNAL_CHANNEL_OPTIONS)
+        server = aio.server(options=INTERNAL_SERVER_OPTIONS)
         add_kv_source(server, keeper=keeper, store=store, incarnation=life, nixl=agent or nixl)
         ports.append(server.add_insecure_port(address))
         await server.start()

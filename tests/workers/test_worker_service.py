@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 
 import grpc
@@ -118,6 +119,13 @@ class Client:
     async def send(self, *commands: object) -> None:
         await self.call.write(codec.encode(CommandBatch(commands=commands)))  # type: ignore[arg-type]
 
+    async def ending(self) -> grpc.StatusCode:
+        """How the session ends; the status comes behind what was not read."""
+        with suppress(grpc.RpcError):
+            while await asyncio.wait_for(self.call.read(), 20) is not grpc.aio.EOF:
+                pass
+        return await self.call.code()
+
     async def until(self, kind: type[Event]) -> list[Event]:
         """Read reports until one holds an event of this kind."""
         seen: list[Event] = []
@@ -217,12 +225,35 @@ def test_what_is_no_command_batch_ends_the_session_and_nothing_else(served: Serv
         async with Client(served) as bad, Client(served) as good:
             await bad.until(KvSnapshot)
             await bad.call.write(b"not msgpack")
-            code = await bad.call.code()
+            code = await bad.ending()
             await good.send(prefill("a", [1] * 9))
             await read_ready(good)
             return code
 
     assert asyncio.run(talk()) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_message_that_is_too_large_ends_its_session_unread_and_nothing_else(served: Served) -> None:
+    async def talk() -> grpc.StatusCode:
+        async with Client(served) as bad, Client(served) as good:
+            await bad.until(KvSnapshot)
+            await bad.call.write(bytes(codec.MAX_COMMANDS_BYTES + 1))
+            code = await bad.ending()
+            await good.send(prefill("a", [1] * 9))
+            await read_ready(good)
+            return code
+
+    assert asyncio.run(talk()) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("num_commands", [1, 2, 7, 32])
+@pytest.mark.parametrize("max_bytes", [1, 200, 1000, 1 << 20])
+def test_commands_travel_in_messages_that_can_be_read_whole_and_in_order(num_commands: int, max_bytes: int) -> None:
+    commands = tuple(prefill(f"r{at}", [at] * at) for at in range(num_commands))
+    messages = list(codec.encode_commands(CommandBatch(commands=commands), max_bytes=max_bytes))
+    batches = [codec.decode_commands(data).commands for data in messages]
+    assert sum(batches, ()) == commands
+    assert all(len(data) <= max_bytes or len(batch) == 1 for data, batch in zip(messages, batches, strict=True))
 
 
 def test_a_router_that_ends_its_half_ends_the_session(served: Served) -> None:

@@ -29,6 +29,7 @@ from duopool.engine.smg.asked import read_asked
 from duopool.engine.smg.exchange import Exchange
 from duopool.engine.smg.handle import HandleSeal
 from duopool.engine.smg.legs import DecodeLeg, Leg, PrefillLeg
+from duopool.proto.codec import REFUSE_AT_ONCE
 from duopool.proto.internal_access import InternalAccess
 from duopool.proto.rpc import service_handler
 from duopool.proto.worker_service import WorkerService
@@ -121,7 +122,7 @@ class EngineServer:
     @classmethod
     async def listen(cls, host: str, port: int) -> Self:
         """Take the port; 0 lets the system choose. Raises Unavailable."""
-        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0), REFUSE_AT_ONCE))
         address = f"[{host}]" if ":" in host else host
         try:
             port = server.add_insecure_port(f"{address}:{port}")

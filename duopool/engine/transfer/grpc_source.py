@@ -35,7 +35,7 @@ def add_kv_source(
 ) -> None:
     """Serve the pages of `store` on `server`, before it is started.
 
-    The server should carry `codec.INTERNAL_CHANNEL_OPTIONS`: a page may be larger than gRPC's default message.
+    The server should carry `codec.INTERNAL_SERVER_OPTIONS`: a page may be larger than gRPC's default message.
     """
     source = KvSource(keeper=keeper, store=store, incarnation=incarnation, nixl=nixl)
     server.add_generic_rpc_handlers((_handlers(source),))
