@@ -135,6 +135,19 @@ def admit(side: DecodeSide, guards: Guards) -> Step:
     return side, (_reserved(table.attempt), *said)
 
 
+def wants_blocks(side: DecodeSide, guards: Guards) -> bool:
+    """Whether somebody waits for room who has a use for it."""
+    table = side.current
+    if table is None or table.phase != "waiting":
+        return False
+    return table.slot is None or table.slot.lease is not None or not guards.listed_first
+
+
+def num_held(side: DecodeSide) -> int:
+    """Tables that have blocks."""
+    return len(side.ended) + (side.current is not None and side.current.phase != "waiting")
+
+
 def decode(side: DecodeSide) -> Step:
     """One step of the batch."""
     table = side.current

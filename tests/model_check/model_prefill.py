@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from model_setting import NUM_BLOCKS, NUM_TOKENS, REQUEST_ID, Guards, Violation, token_at
+from model_setting import NUM_BLOCKS, NUM_TOKENS, REQUEST_ID, Guards, Setting, Violation, token_at
 
 from duopool.core.config import HandoffConfig, SchedulerConfig
 from duopool.core.handoff import lease as leases
@@ -43,7 +43,7 @@ class PrefillTable:
     """The attempt that took the blocks; a rebind leaves it as it is."""
     attempt: int
     phase: str = "filling"
-    """A prompt that waits for blocks behaves like one whose step has not ended."""
+    """waiting, if there may be no room, filling, leased; ended while it is read."""
     num_output: int
     """Tokens of the output that belong to the prefix."""
     num_listed: int = 0
@@ -62,6 +62,10 @@ class PrefillSide:
     current: PrefillTable | None = None
     ended: tuple[PrefillTable, ...] = ()
     """Revoked while a read was served."""
+    pages_stay: bool = False
+    """Blocks that nobody holds are overwritten when somebody takes them; else at once, the worst that others can do."""
+    left: int | None = None
+    """The table whose blocks were given back last and still hold what they held."""
     buried: int = 0
     """Attempts up to this one are over."""
 
@@ -82,8 +86,9 @@ def nack(attempt: int, reason: NackReason) -> Nack:
     return Nack(request_id=REQUEST_ID, attempt=attempt, reason=reason)
 
 
-def hear(side: PrefillSide, command: Command, guards: Guards, *, busy: bool = False) -> Step:
+def hear(side: PrefillSide, command: Command, setting: Setting, *, busy: bool = False) -> Step:
     """A command arrives."""
+    guards = setting.guards
     match command:
         case Prefill(request=request, attempt=attempt):
             known = side.current
@@ -97,8 +102,13 @@ def hear(side: PrefillSide, command: Command, guards: Guards, *, busy: bool = Fa
             side = end(side)
             if busy:
                 return side, (nack(attempt, NackReason.BUSY),)
-            num_output = len(request.output_token_ids)
-            return replace(side, current=PrefillTable(table=attempt, attempt=attempt, num_output=num_output)), ()
+            table = PrefillTable(
+                table=attempt,
+                attempt=attempt,
+                num_output=len(request.output_token_ids),
+                phase="filling" if setting.room is None else "waiting",
+            )
+            return replace(side, current=table), ()
         case Cancel(attempt=attempt):
             if side.current is not None and side.current.attempt <= attempt:
                 side = end(side)
@@ -123,7 +133,21 @@ def end(side: PrefillSide) -> PrefillSide:
     ended = side.ended
     if table.lease is not None and not (lease := leases.revoke(table.lease)).may_be_freed:
         ended = (*ended, replace(table, phase="ended", lease=lease, ready=()))
+    elif side.pages_stay and table.phase != "waiting":
+        side = replace(side, left=table.table)
     return replace(side, current=None, ended=ended, buried=max(side.buried, table.attempt))
+
+
+def admit(side: PrefillSide) -> PrefillSide:
+    """There is room: the table gets all its blocks."""
+    assert side.current is not None
+    assert side.current.phase == "waiting"
+    return replace(side, current=replace(side.current, phase="filling"), left=None)
+
+
+def num_held(side: PrefillSide) -> int:
+    """Tables that have blocks."""
+    return len(side.ended) + (side.current is not None and side.current.phase not in ("waiting", "unpinned"))
 
 
 def compute(side: PrefillSide) -> Step:
@@ -184,7 +208,7 @@ def expire(side: PrefillSide) -> PrefillSide:
 
 def fall_silent(side: PrefillSide) -> PrefillSide:
     """The session of whatever is here ended."""
-    if side.current is None or side.current.phase != "filling":
+    if side.current is None or side.current.phase not in ("waiting", "filling"):
         return side
     return replace(side, current=replace(side.current, is_silent=True))
 
@@ -214,6 +238,8 @@ def end_read(side: PrefillSide, lease_id: int, guards: Guards) -> PrefillSide:
             lease = leases.end_read(lease)
         if not lease.may_be_freed:
             ended.append(replace(table, lease=lease))
+        elif side.pages_stay:
+            side = replace(side, left=table.table)
     table = side.current
     if table is not None and table.lease is not None and table.lease.lease_id == lease_id:
         table = replace(table, lease=leases.end_read(table.lease))
@@ -244,19 +270,22 @@ def validate(side: PrefillSide, asked: Validate, guards: Guards) -> tuple[Prefil
         raise Violation(
             f"{side.worker_id} gives attempt {asked.attempt} the blocks that attempt {table.attempt} has now"
         )
-    if table.phase == "unpinned" and guards.generation_check:
+    if table.phase == "unpinned" and side.left != table.table and guards.generation_check:
         return side, Verdict(ok=False, reason="another generation")
     return (end(side) if table.phase in ("leased", "unpinned") else side), Verdict(ok=True)
 
 
 def unpin(side: PrefillSide) -> PrefillSide:
     """Without `lease_pins`: the blocks go to others while the lease stands."""
-    assert side.current is not None
-    return replace(side, current=replace(side.current, phase="unpinned"))
+    table = side.current
+    assert table is not None
+    return replace(side, current=replace(table, phase="unpinned"), left=table.table if side.pages_stay else None)
 
 
 def holds(side: PrefillSide, table: int) -> bool:
     """Whether blocks that were listed from this table still hold what was sealed."""
+    if side.left == table:
+        return True
     tables = side.ended if side.current is None else (side.current, *side.ended)
     return any(one.table == table and one.phase != "unpinned" for one in tables)
 

@@ -9,13 +9,30 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from model_setting import Violation
-from model_world import PROGRESS, State, World
+from model_world import PROGRESS, Next, State
+
+
+class World(Protocol):
+    """What is searched."""
+
+    @property
+    def first(self) -> State: ...
+
+    def next_states(self, state: State) -> Iterable[Next]:
+        """What may happen; raises Violation if it must never happen."""
+
+    def is_over(self, state: State) -> bool:
+        """Whether it is right that nothing more happens."""
+
+    def remains(self, state: State) -> str:
+        """What is unfinished, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +98,7 @@ def search(world: World, *, max_states: int | None = None) -> Result:
             except Violation as violation:
                 return result(str(violation), _trace(world, numbers, parents, number))
             if not can_go_on and not world.is_over(state):
-                return result(_remains(world, state), _trace(world, numbers, parents, number))
+                return result(world.remains(state), _trace(world, numbers, parents, number))
         if max_states is not None and len(numbers) > max_states:
             is_complete = False
             return result()
@@ -120,13 +137,6 @@ def _trace(world: World, numbers: dict[int, int], parents: array[int], number: i
 
 def _label(world: World, before: State, after: State) -> str:
     return next(label for label, _, found in world.next_states(before) if found == after)
-
-
-def _remains(world: World, state: State) -> str:
-    """What is wrong with a state in which nothing more happens."""
-    if not world.router(state).has_ended:
-        return f"the request hangs: it is {world.router(state).state.phase.value} and nothing more happens"
-    return f"blocks are never given back at {' and '.join(world.unquiet(state))}"
 
 
 def _circle(num_states: int, sources: array[int], targets: array[int]) -> int | None:

@@ -65,6 +65,8 @@ class Guards:
     """A new life refuses what was meant for an old one."""
     orphan_ttl: bool = True
     """Workers end the requests of a session that fell silent."""
+    listed_first: bool = True
+    """D gives blocks only to a handoff of which something is listed, so that nobody who has some there waits for P."""
     digest: bool = True
     """D compares the digest of every page."""
 
@@ -86,6 +88,10 @@ class Setting:
     """A route may leave P out."""
     one_sided: bool = True
     """D reads P's memory by itself (NIXL); else P serves the pages and counts its readers (gRPC)."""
+    room: int | None = None
+    """Requests that find room for their blocks on a worker at a time; None: all."""
+    pages_stay: bool = False
+    """Blocks that nobody holds are overwritten when somebody takes them; else at once, the worst that others can do."""
     max_retries: int = 3
     may_fail: bool = True
     """False: a request that ends in failure is a violation."""

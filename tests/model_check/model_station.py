@@ -15,7 +15,8 @@ from model_decode import DecodeSide
 from model_prefill import PrefillSide
 from model_setting import Setting
 
-from duopool.core.messages import BlocksReady, Cancel, Command, Event, Nack, NackReason, Prefill, Reserve, Validate
+from duopool.core.handoff.request import Member
+from duopool.core.messages import Cancel, Command, Event, Nack, NackReason, Prefill, Reserve, Validate
 from duopool.core.types import Incarnation, WorkerId
 
 
@@ -37,24 +38,26 @@ class Station:
     num_sessions: int = 1
     is_broken: bool = False
     """The session ended and the router has not noticed."""
+    is_touched: bool = False
+    """The request has been sent here."""
 
 
 Move = tuple[str, int, Station]
 """What happens, how many faults it takes, and what the station is then."""
 
 
-def new_station(worker_id: str) -> Station:
-    return Station(side=new_side(worker_id, 1))
-
-
-def new_side(worker_id: str, incarnation: int) -> PrefillSide | DecodeSide:
-    if worker_id.startswith("P"):
-        return PrefillSide(worker_id=WorkerId(worker_id), incarnation=Incarnation(incarnation))
-    return DecodeSide(worker_id=WorkerId(worker_id))
+def new_station(worker_id: str, setting: Setting) -> Station:
+    if worker_id.startswith("D"):
+        return Station(side=DecodeSide(worker_id=WorkerId(worker_id)))
+    incarnation = Incarnation(1)
+    return Station(
+        side=PrefillSide(worker_id=WorkerId(worker_id), incarnation=incarnation, pages_stay=setting.pages_stay)
+    )
 
 
 def push(station: Station, member_incarnation: int, command: Command, setting: Setting) -> Station:
     """The router sends a command; a session that is gone takes nothing."""
+    station = replace(station, is_touched=True)
     if station.is_broken:
         return station
     if member_incarnation != station.incarnation and setting.guards.incarnation_check:
@@ -66,11 +69,17 @@ def push(station: Station, member_incarnation: int, command: Command, setting: S
 
 def crash(station: Station) -> Station:
     """The worker dies and is started again, empty."""
-    incarnation = station.incarnation + 1
+    incarnation, side = station.incarnation + 1, station.side
+    if isinstance(side, PrefillSide):
+        empty: PrefillSide | DecodeSide = PrefillSide(
+            worker_id=side.worker_id, incarnation=Incarnation(incarnation), pages_stay=side.pages_stay
+        )
+    else:
+        empty = DecodeSide(worker_id=side.worker_id)
     return replace(
         station,
         incarnation=incarnation,
-        side=new_side(station.side.worker_id, incarnation),
+        side=empty,
         commands=(),
         late_commands=tuple(one for one in station.late_commands if one[0] == incarnation),
         late_questions=(),
@@ -90,10 +99,64 @@ def moves(station: Station, setting: Setting) -> Iterator[Move]:
         yield from _prefill_moves(station, station.side, setting)
     else:
         yield from _decode_moves(station, station.side, setting)
-    if "break" in setting.faults and not station.is_broken and station != new_station(station.side.worker_id):
-        yield f"the session with {station.side.worker_id} ends", 1, _broken(station)
-    if "crash" in setting.faults and station != new_station(station.side.worker_id):
-        yield f"{station.side.worker_id} dies and comes back empty", 1, crash(station)
+
+
+def joint_moves(station: Station, setting: Setting) -> Iterator[tuple[str, str, Station]]:
+    """Faults that all requests of a worker see."""
+    name = station.side.worker_id
+    if "break" in setting.faults and not station.is_broken:
+        yield f"the session with {name} ends", "break", _broken(station)
+    if "crash" in setting.faults:
+        yield f"{name} dies and comes back empty", "crash", crash(station)
+
+
+def arriving(station: Station, setting: Setting) -> Iterator[tuple[str, int, Member, Event, Station]]:
+    """Messages that may reach the router: what happens, faults, from whom, the message, and the station then."""
+    name = station.side.worker_id
+    if station.events:
+        event, taken = station.events[0], replace(station, events=station.events[1:])
+        sender = Member(name, Incarnation(station.known))
+        yield f"R hears {show(event)} from {name}", 0, sender, event, taken
+        if "double" in setting.faults:
+            twice = replace(taken, late_events=_with_late(station, event))
+            yield f"R hears {show(event)} from {name}, which will come again", 1, sender, event, twice
+    for index, (life, event) in enumerate(station.late_events):
+        taken = replace(station, late_events=station.late_events[:index] + station.late_events[index + 1 :])
+        yield f"R hears late {show(event)} from {name}", 0, Member(name, Incarnation(life)), event, taken
+
+
+def _with_late(station: Station, event: Event) -> tuple[tuple[int, Event], ...]:
+    return tuple(sorted((*station.late_events, (station.known, event)), key=repr))
+
+
+def admitted(station: Station, setting: Setting) -> tuple[str, Station] | None:
+    """The station after whoever waits for room there has found it; None if nobody waits."""
+    side, guards = station.side, setting.guards
+    table = side.current
+    if isinstance(side, PrefillSide):
+        if table is None or table.phase != "waiting":
+            return None
+        after = say(station, prefill.admit(side), ())
+    elif decode.wants_blocks(side, guards):
+        assert table is not None
+        after = say(station, *decode.admit(side, guards), is_silent=table.is_silent)
+    else:
+        return None
+    return f"{side.worker_id} gives blocks to attempt {table.attempt}", after
+
+
+def overwritten(station: Station) -> Station:
+    """The station after another request took the room that is free there."""
+    side = station.side
+    if not isinstance(side, PrefillSide) or side.left is None:
+        return station
+    return replace(station, side=replace(side, left=None))
+
+
+def num_held(station: Station) -> int:
+    """Tables that have blocks here."""
+    side = station.side
+    return prefill.num_held(side) if isinstance(side, PrefillSide) else decode.num_held(side)
 
 
 def _deliveries(station: Station, setting: Setting) -> Iterator[Move]:
@@ -123,12 +186,8 @@ def _deliveries(station: Station, setting: Setting) -> Iterator[Move]:
     if station.events:
         event, rest_events = station.events[0], station.events[1:]
         if "delay" in setting.faults and rest_events:
-            late_events = tuple(sorted((*station.late_events, (station.known, event)), key=repr))
-            yield (
-                f"{show(event)} from {name} is delayed",
-                1,
-                replace(station, events=rest_events, late_events=late_events),
-            )
+            late = replace(station, events=rest_events, late_events=_with_late(station, event))
+            yield f"{show(event)} from {name} is delayed", 1, late
 
 
 def _hear(station: Station, command: Command, setting: Setting, *, busy: bool = False, is_old: bool = False) -> Station:
@@ -142,11 +201,11 @@ def _hear(station: Station, command: Command, setting: Setting, *, busy: bool = 
         return replace(heard, side=station.side) if is_again else _silenced(heard)
     side = station.side
     if isinstance(side, PrefillSide):
-        return _say(station, *prefill.hear(side, command, setting.guards, busy=busy))
-    return _say(station, *decode.hear(side, command, setting.guards, busy=busy))
+        return say(station, *prefill.hear(side, command, setting, busy=busy))
+    return say(station, *decode.hear(side, command, setting.guards, busy=busy))
 
 
-def _say(
+def say(
     station: Station, side: PrefillSide | DecodeSide, said: tuple[Event | Command, ...], *, is_silent: bool = False
 ) -> Station:
     if isinstance(side, PrefillSide):
@@ -172,23 +231,23 @@ def _prefill_moves(station: Station, side: PrefillSide, setting: Setting) -> Ite
     table, name = side.current, side.worker_id
     if table is None:
         return
-    if table.phase == "filling" and table.is_silent:
+    if table.phase in ("waiting", "filling") and table.is_silent:
         # Steps that nobody hears of make no difference.
         if setting.guards.orphan_ttl:
             yield (
                 f"{name} gives attempt {table.attempt} up: its router is silent",
                 0,
-                _say(station, prefill.end(side), ()),
+                say(station, prefill.end(side), ()),
             )
     elif table.phase == "filling":
         after, said = prefill.compute(side)
         what = f"{name} computes block {table.num_listed} for attempt {table.attempt}"
-        yield what, 0, _say(station, after, said, is_silent=table.is_silent)
+        yield what, 0, say(station, after, said, is_silent=table.is_silent)
     if table.phase == "leased" and not setting.guards.lease_pins:
         yield (
             f"{name} gives the leased blocks of attempt {table.attempt} to others",
             0,
-            _say(station, prefill.unpin(side), ()),
+            say(station, prefill.unpin(side), ()),
         )
 
 
@@ -199,7 +258,7 @@ def expiry(station: Station, setting: Setting) -> Station | None:
         return None
     if side.current.phase not in ("leased", "unpinned"):
         return None
-    return _say(station, prefill.expire(side), ())
+    return say(station, prefill.expire(side), ())
 
 
 def _decode_moves(station: Station, side: DecodeSide, setting: Setting) -> Iterator[Move]:
@@ -207,25 +266,18 @@ def _decode_moves(station: Station, side: DecodeSide, setting: Setting) -> Itera
     for one in side.reads:
         if "read" in setting.faults:
             after, said = decode.read_ended(side, one, "", "broken", guards)
-            yield f"a read of {name} breaks", 1, _say(station, after, said)
+            yield f"a read of {name} breaks", 1, say(station, after, said)
             if not guards.digest:
                 after, said = decode.read_ended(side, one, "other", "", guards)
-                yield f"a page is damaged on its way to {name}", 1, _say(station, after, said)
+                yield f"a page is damaged on its way to {name}", 1, say(station, after, said)
     if table is None:
         return
-    if table.phase == "waiting":
-        after, said = decode.admit(side, guards)
-        yield (
-            f"{name} gives blocks to attempt {table.attempt}",
-            0,
-            _say(station, after, said, is_silent=table.is_silent),
-        )
     if table.phase == "running" and not table.is_silent:
         after, said = decode.decode(side)
-        yield f"{name} decodes attempt {table.attempt}", 0, _say(station, after, said, is_silent=table.is_silent)
+        yield f"{name} decodes attempt {table.attempt}", 0, say(station, after, said, is_silent=table.is_silent)
     if "validate" in setting.faults and table.question is not None and table.question_to is not None:
         after, said = decode.take_verdict(side, decode.Verdict(ok=False, reason="timeout"), guards)
-        gone = _say(station, after, said, is_silent=table.is_silent)
+        gone = say(station, after, said, is_silent=table.is_silent)
         question = (table.question_to, table.question)
         yield f"{name} waits in vain for a verdict", 1, gone
         yield (
@@ -235,7 +287,7 @@ def _decode_moves(station: Station, side: DecodeSide, setting: Setting) -> Itera
         )
     if table.is_silent and guards.orphan_ttl:
         after, said = decode.end(side, guards)
-        yield f"{name} gives attempt {table.attempt} up: its router is silent", 0, _say(station, after, ())
+        yield f"{name} gives attempt {table.attempt} up: its router is silent", 0, say(station, after, ())
 
 
 def show(message: object) -> str:
@@ -285,47 +337,6 @@ def tidy(station: Station, oldest: int, has_ended: bool, setting: Setting) -> St
         if (commands, late) != (station.commands, station.late_commands):
             station = replace(station, commands=commands, late_commands=late)
     return station
-
-
-def sources(station: Station) -> frozenset[tuple[WorkerId, int]]:
-    """Prefill workers, and tables there, whose blocks or verdicts may still be asked for from here."""
-    side = station.side
-    if not isinstance(side, DecodeSide):
-        return frozenset()
-    slots = [table.slot for table in (side.current, *side.ended) if table is not None and table.slot is not None]
-    commands = (*station.commands, *(one[-1] for one in station.late_commands))
-    leases = [
-        *(slot.lease for slot in slots),
-        *(one.read.lease for one in side.reads),
-        *(command.lease for command in commands if isinstance(command, BlocksReady)),
-    ]
-    named = {(lease.worker_id, int(lease.lease_id)) for lease in leases if lease is not None}
-    return frozenset(named | {(name, int(question.lease_id)) for name, question in station.late_questions})
-
-
-def may_hold(station: Station, table: int) -> bool:
-    """Whether a prefill worker has, or may yet get, the blocks of this attempt."""
-    side = station.side
-    assert isinstance(side, PrefillSide)
-    coming = (*station.commands, *(one[-1] for one in station.late_commands))
-    tables = (side.current, *side.ended)
-    return any(one is not None and one.table == table for one in tables) or any(
-        isinstance(command, Prefill) and command.attempt == table for command in coming
-    )
-
-
-def is_given_up(station: Station, horizon: int, has_ended: bool) -> bool:
-    """Whether all that is here belongs to attempts that the router has given up, which is on its way to be told."""
-    if has_ended:
-        return True
-    if station.is_broken:
-        return False
-    side = station.side
-    commands = (*station.commands, *(one[-1] for one in station.late_commands))
-    attempts = [one.attempt for one in commands]  # type: ignore[union-attr]
-    attempts += [table.attempt for table in (side.current, *side.ended) if table is not None]
-    is_unheard = not station.events and not station.late_events
-    return bool(station.commands) and is_unheard and all(attempt < horizon for attempt in attempts)
 
 
 def is_quiet(station: Station) -> bool:

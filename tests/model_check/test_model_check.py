@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from model_guards import ABSENCES, Absence, without
+from model_pair import Pair, Turned, turns, whole_pair
+from model_part import WholePart
+from model_product import Product, search_product
+from model_quotient import Quotient
 from model_search import Result, search
-from model_setting import Guards, Setting
-from model_world import World
-
-TAKEN_AWAY: dict[str, tuple[Setting, str]] = {
-    "attempt_fence": (Setting(faults=frozenset({"busy"}), cancels=False), "joins on blocks that hold other"),
-    "index_fence": (Setting(faults=frozenset({"double"}), cancels=False), "is shown token 1 as token 2"),
-    "end_is_final": (Setting(num_faults=0), "is shown a token after the end"),
-    "validate_after_read": (Setting(num_faults=0), "joins on blocks that hold other"),
-    "lease_ttl": (Setting(faults=frozenset({"break"})), "never given back at P0"),
-    "lease_fence": (Setting(faults=frozenset({"busy", "break"}), cancels=False), "gives attempt 1 the blocks"),
-    "tombstones": (Setting(faults=frozenset({"double"})), "holds the blocks of attempt 1 twice"),
-    "quarantine": (Setting(num_faults=0), "writes into blocks that D0 has given back"),
-    "reader_count": (Setting(faults=frozenset({"ttl"}), one_sided=False), "serves blocks that it has given away"),
-    "incarnation_check": (Setting(faults=frozenset({"crash"})), "joins on blocks that hold other"),
-    "orphan_ttl": (Setting(faults=frozenset({"break"})), "never given back at P0"),
-    "digest": (Setting(faults=frozenset({"read"}), cancels=False), "joins on blocks that hold other"),
-    "lease_pins generation_check": (Setting(num_faults=0), "joins on blocks that hold other"),
-}
-"""Guards, the setting in which their absence shows, and how."""
-
-
-def without(names: str) -> Guards:
-    return Guards(**dict.fromkeys(names.split(), False))
+from model_setting import Setting
+from model_world import State, World
 
 
 def assert_nothing_is_wrong(result: Result) -> None:
     assert result.is_complete, result.report()
     assert not result.violation, result.report()
+
+
+def classes_of(setting: Setting) -> Quotient:
+    return Quotient(WholePart(World(setting)))
+
+
+# ---- one request beside others that may do anything ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("one_sided", [True, False], ids=["read by D", "served by P"])
@@ -51,17 +40,86 @@ def test_no_single_fault_is_wrong_nor_costs_more_than_two_retries() -> None:
     assert_nothing_is_wrong(search(World(Setting(cancels=False, max_retries=2, may_fail=False))))
 
 
-@pytest.mark.parametrize("names", TAKEN_AWAY)
-def test_every_guard_is_needed(names: str) -> None:
-    setting, wrong = TAKEN_AWAY[names]
-    result = search(World(replace(setting, guards=without(names))))
-    assert wrong in result.violation, result.report()
-    assert result.trace[0] == "R routes to P0 and D0"
+# ---- two requests ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_two_requests_never_wait_for_each_other_for_ever(room: int) -> None:
+    assert_nothing_is_wrong(search(whole_pair(Setting(num_faults=0, cancels=False, room=room))))
+
+
+@pytest.mark.parametrize("faults", [{"busy"}, {"double"}, {"ttl", "read"}])
+def test_a_fault_hurts_neither_of_two(faults: set[str]) -> None:
+    setting = Setting(num_prefill=1, num_decode=1, room=1, cancels=False, faults=frozenset(faults))
+    assert_nothing_is_wrong(search(whole_pair(setting)))
+
+
+def test_all_that_two_may_do_with_any_one_fault() -> None:
+    setting = Setting(cancels=False, room=1)
+    classes = classes_of(setting)
+    assert_nothing_is_wrong(search_product(setting, classes, len(classes)))
+
+
+@pytest.mark.parametrize("faults", [{"busy"}, {"crash"}, {"ttl", "read"}])
+def test_classes_do_together_what_their_states_do(faults: set[str]) -> None:
+    """Every pair of states lies in a pair of classes that is reached, and every such pair of classes has some."""
+    setting = Setting(num_prefill=1, num_decode=1, room=1, cancels=False, faults=frozenset(faults))
+    part = WholePart(World(setting))
+    classes = Quotient(part)
+    whole = {(classes.class_of(a), classes.class_of(b), left) for a, b, left in reached(Pair(setting, (part, part)))}
+    assert reached(Pair(setting, (classes, classes))) == whole
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_the_product_on_arrays_finds_as_many_pairs(room: int) -> None:
+    setting = Setting(room=room, cancels=False, faults=frozenset({"crash", "ttl"}))
+    classes = classes_of(setting)
+    for order in turns(setting):
+        product = Product(setting, classes, len(classes), order)
+        assert not product.search()
+        pairs = reached(Pair(setting, (classes, Turned(classes, order))))
+        assert product.num_states == len({(max(a, b), min(a, b), left) for a, b, left in pairs})
+
+
+def reached(pair: Pair) -> set[State]:
+    """All states of two requests."""
+    found, layer = {pair.first}, [pair.first]
+    while layer:
+        layer = [after for state in layer for _, _, after in pair.next_states(state)]
+        layer = list(set(layer) - found)
+        found.update(layer)
+    return found
+
+
+# ---- guards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absence", ABSENCES, ids=lambda one: f"{one.names} of {one.num_requests}")
+def test_every_guard_is_needed(absence: Absence) -> None:
+    result = absence.search()
+    assert absence.wrong in result.violation, result.report()
+    assert result.trace[0].endswith("R routes to P0 and D0")
+
+
+@pytest.mark.parametrize("absence", [one for one in ABSENCES if one.num_requests == 2], ids=lambda one: one.names)
+def test_some_absences_do_not_show_with_one_request(absence: Absence) -> None:
+    assert_nothing_is_wrong(search(World(absence.setting_without)))
+    assert_nothing_is_wrong(search(whole_pair(absence.setting)))
 
 
 def test_generations_hold_where_a_lease_does_not() -> None:
     """The second line: a prefill worker that gave leased blocks away still answers no."""
     assert_nothing_is_wrong(search(World(Setting(num_faults=0, guards=without("lease_pins")))))
+    two = Setting(
+        num_prefill=1, num_decode=1, num_faults=0, room=1, pages_stay=True, cancels=False, guards=without("lease_pins")
+    )
+    assert_nothing_is_wrong(search(whole_pair(two)))
+
+
+def test_the_product_sees_two_that_wait_for_each_other() -> None:
+    setting = Setting(num_faults=0, cancels=False, room=1, guards=without("listed_first"))
+    classes = classes_of(setting)
+    assert "hangs" in search_product(setting, classes, len(classes)).violation
 
 
 def test_a_counterexample_reads_step_by_step() -> None:
@@ -80,11 +138,13 @@ def test_a_counterexample_reads_step_by_step() -> None:
     ]
 
 
-@pytest.mark.parametrize("faults", [frozenset({"busy"}), frozenset({"double"}), frozenset({"ttl", "read"})])
-def test_what_is_left_out_by_order_changes_no_verdict(faults: frozenset[str]) -> None:
-    """The search that looks at all orders of independent steps finds the same: nothing."""
-    setting = Setting(num_prefill=1, num_decode=1, faults=faults)
-    reduced, full = search(World(setting)), search(World(setting, reduces=False))
-    assert_nothing_is_wrong(reduced)
-    assert_nothing_is_wrong(full)
-    assert reduced.num_states < full.num_states
+def test_a_counterexample_of_two_names_them() -> None:
+    """Without the rule that D gives blocks last: B has those of D that A needs, and A those of P that B needs."""
+    setting = Setting(num_prefill=1, num_decode=1, num_faults=0, room=1, cancels=False)
+    lines = search(whole_pair(Absence("listed_first", setting, "").setting_without)).report().splitlines()
+    assert "  A: P0 gives blocks to attempt 1" in [line[4:] for line in lines]
+    assert "  B: D0 gives blocks to attempt 1" in [line[4:] for line in lines]
+    assert lines[-1] == (
+        "  =>  A: the request hangs: it is leased and nothing more happens; "
+        "B: the request hangs: it is prefilling and nothing more happens"
+    )
