@@ -61,7 +61,7 @@ hosts: $(STAMP) ## Pools on hosts of their own (network namespaces); one loses i
 corrupt: $(STAMP) ## 10,000 damaged pages on their way from P to D: all noticed, none shown in a token
 	@$(BIN)/python tests/corruption/corruption.py
 
-model-check: $(STAMP) ## Every state of the handoff around a request, with any two faults
+model-check: $(STAMP) ## Every state of two requests on two prefill and two decode workers, with any two faults
 	@$(BIN)/python tests/model_check/model_check.py
 
 bench: $(STAMP) ## All workloads on this machine; results in benchmarks/results.json

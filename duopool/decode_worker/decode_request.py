@@ -108,8 +108,8 @@ class DecodeRequest:
 
     @property
     def wants_blocks(self) -> bool:
-        """A handoff takes blocks here only once its source holds them: nobody keeps room here while it waits there."""
-        return self.slot is None or self.slot.lease is not None
+        """Whether there is a use for blocks: a handoff may have to wait for its source first."""
+        return self.slot is None or self.slot.wants_blocks
 
     @property
     def urgency(self) -> tuple[int, bool, float, int]:

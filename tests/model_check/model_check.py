@@ -74,7 +74,7 @@ def main() -> int:
         result = absence.search()
         is_seen = absence.wrong in result.violation
         is_good = is_good and is_seen
-        print(f"without {absence.names}, {absence.num_requests} of 2 requests: ", end="")
+        print(f"without {absence.names}, {absence.num_requests} request(s): ", end="")
         print(result.report() if options.guards or not is_seen else f"{len(result.trace)} steps, {result.violation}")
     if not options.guards:
         names = [name for name in SEARCHES if options.only in (None, name)]

@@ -140,7 +140,7 @@ def wants_blocks(side: DecodeSide, guards: Guards) -> bool:
     table = side.current
     if table is None or table.phase != "waiting":
         return False
-    return table.slot is None or table.slot.lease is not None or not guards.listed_first
+    return table.slot is None or table.slot.wants_blocks or not guards.listed_first
 
 
 def num_held(side: DecodeSide) -> int:

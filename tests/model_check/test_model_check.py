@@ -81,6 +81,20 @@ def test_the_product_on_arrays_finds_as_many_pairs(room: int) -> None:
         assert product.num_states == len({(max(a, b), min(a, b), left) for a, b, left in pairs})
 
 
+@pytest.mark.parametrize(("num_prefill", "faults"), [(2, {"nothing"}), (1, {"busy"})])
+def test_turns_leave_no_route_out(num_prefill: int, faults: set[str]) -> None:
+    """What others see of two requests is the same when B takes every route, and when B's workers change places."""
+    setting = Setting(num_prefill=num_prefill, room=1, cancels=False, faults=frozenset(faults))
+    first, second = WholePart(World(setting)), WholePart(World(setting, all_routes=True))
+    routed = {(first.held(a), second.held(b), left) for a, b, left in reached(Pair(setting, (first, second)))}
+    classes, turned = classes_of(setting), set()
+    for order in turns(setting):
+        other = Turned(classes, order)
+        pairs = reached(Pair(setting, (classes, other)))
+        turned |= {(classes.held(a), other.held(b), left) for a, b, left in pairs}
+    assert turned == routed
+
+
 def reached(pair: Pair) -> set[State]:
     """All states of two requests."""
     found, layer = {pair.first}, [pair.first]

@@ -56,6 +56,11 @@ class Slot:
     first_tokens: tuple[Tokens, ...] = ()
     """Of a carrier: the first token of every choice, which came with the last block."""
 
+    @property
+    def wants_blocks(self) -> bool:
+        """Blocks are taken here only once the source holds them: nobody keeps room here while it waits there."""
+        return self.lease is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Granted:
