@@ -33,7 +33,9 @@ SEARCHES = {
     "1 fault and a client that may go away, D reads": Setting(num_faults=1, room=1),
     "1 fault and a client that may go away, D reads, room for two": Setting(num_faults=1, room=2),
     "1 fault and a client that may go away, P serves": Setting(num_faults=1, room=1, one_sided=False),
-    "1 fault, prefixes computed on either side": Setting(num_faults=1, room=1, local_prefill=True, cancels=False),
+    "1 fault and a client that may go away, prefixes computed on either side": Setting(
+        num_faults=1, room=1, local_prefill=True
+    ),
 }
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from model_prefill import block_of, nack, standing
+from model_arrivals import nack, standing
+from model_prefill import block_of
 from model_setting import NUM_BLOCKS, NUM_TOKENS, REQUEST_ID, WRONG_TOKEN, Guards, Violation, token_at
 
 from duopool.core.handoff import slot as slots
@@ -27,7 +28,7 @@ from duopool.core.messages import (
     Validate,
     Verdict,
 )
-from duopool.core.types import BlockId, FinishReason, WorkerId
+from duopool.core.types import FinishReason, WorkerId
 from duopool.engine.arrivals import Standing
 
 
@@ -281,6 +282,3 @@ def check(side: DecodeSide) -> None:
     for table in side.ended:
         if table.slot is None or table.slot.num_reads != sum(one.attempt == table.attempt for one in side.reads):
             raise Violation(f"{side.worker_id} counts reads that it does not have")
-
-
-__all__ = ["BlockId", "DecodeSide", "OpenRead"]

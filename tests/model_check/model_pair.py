@@ -12,7 +12,8 @@ from itertools import permutations, product
 
 from model_part import Move, Part, WholePart
 from model_setting import Setting, Violation
-from model_world import FAULT, Meeting, Next, State, World
+from model_state import FAULT, Meeting, Next, State
+from model_world import World
 
 NAMES = "A", "B"
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from model_world import Meeting, State, World
+from model_state import Meeting, State, Store
+from model_world import World
 
 
 class Move(NamedTuple):
@@ -51,29 +52,21 @@ class WholePart:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._states: list[State] = []
-        self._numbers: dict[State, int] = {}
-        self.first = self._number(world.first)
-
-    def _number(self, state: State) -> int:
-        number = self._numbers.get(state)
-        if number is None:
-            number = self._numbers[state] = len(self._states)
-            self._states.append(state)
-        return number
+        self._states = Store[State]()
+        self.first = self._states.number(world.first)
 
     def __len__(self) -> int:
         return len(self._states)
 
     def moves(self, state: int) -> Sequence[Move]:
         steps = self._world.steps(self._states[state])
-        return [Move(label, kind, meeting, self._number(after)) for label, kind, meeting, after in steps]
+        return [Move(label, kind, meeting, self._states.number(after)) for label, kind, meeting, after in steps]
 
     def held(self, state: int) -> tuple[int, ...]:
         return self._world.held(self._states[state])
 
     def overwritten(self, state: int, place: int) -> int:
-        return self._number(self._world.overwritten(self._states[state], place))
+        return self._states.number(self._world.overwritten(self._states[state], place))
 
     def is_over(self, state: int) -> bool:
         return self._world.is_over(self._states[state])

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from model_arrivals import nack, standing
 from model_setting import NUM_BLOCKS, NUM_TOKENS, REQUEST_ID, Guards, Setting, Violation, token_at
 
-from duopool.core.config import HandoffConfig, SchedulerConfig
 from duopool.core.handoff import lease as leases
 from duopool.core.handoff.lease import Lease
 from duopool.core.messages import (
@@ -29,7 +29,7 @@ from duopool.core.messages import (
     Verdict,
 )
 from duopool.core.types import BlockId, FinishReason, Incarnation, LeaseId, WorkerId
-from duopool.engine.arrivals import Arrivals, Standing
+from duopool.engine.arrivals import Standing
 
 FOREVER = 1e9
 """A lease's end that is not reached by itself; the search lets it expire where time may have passed."""
@@ -72,18 +72,6 @@ class PrefillSide:
 
 Said = tuple[Command | BlocksReady | Nack, ...]
 Step = tuple[PrefillSide, Said]
-
-
-def standing(guards: Guards, buried: int, attempt: int, present: int | None) -> Standing:
-    """The production judgement on an arriving attempt."""
-    arrivals = Arrivals(None, HandoffConfig(), SchedulerConfig())  # type: ignore[arg-type]
-    if buried and guards.tombstones:
-        arrivals.bury(REQUEST_ID, buried, now=0.0)
-    return arrivals.standing(REQUEST_ID, attempt, present=present)
-
-
-def nack(attempt: int, reason: NackReason) -> Nack:
-    return Nack(request_id=REQUEST_ID, attempt=attempt, reason=reason)
 
 
 def hear(side: PrefillSide, command: Command, setting: Setting, *, busy: bool = False) -> Step:

@@ -16,7 +16,7 @@ from model_pair import turns
 from model_part import Part
 from model_search import Result
 from model_setting import Setting
-from model_world import FAULT, PROGRESS, Meeting
+from model_state import FAULT, PROGRESS, Meeting
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
@@ -65,7 +65,9 @@ class Tables:
                     self.wants[state, place] = True
                 else:
                     at = Meeting(meeting.what, place)
-                    self.joint.setdefault(at, np.full(num_states, -1, dtype=np.int64))[state] = after
+                    afters = self.joint.setdefault(at, np.full(num_states, -1, dtype=np.int64))
+                    assert afters[state] < 0, "what both see has one outcome"
+                    afters[state] = after
                     self.goes_on[state] |= kind == PROGRESS
         self.own, self.takes = _table(own), _table(takes)
 
@@ -94,6 +96,7 @@ class Product:
 
     def __init__(self, setting: Setting, part: Part, num_classes: int, order: Sequence[int]) -> None:
         assert setting.room is not None
+        assert not setting.pages_stay  # a class does not tell what is in blocks that it does not hold
         assert all(order[order[place]] == place for place in range(len(order)))  # else A and B cannot change names
         self._size, self._room, self._num_faults = num_classes, setting.room, setting.num_faults
         self._sides = Tables(part, num_classes, range(len(order))), Tables(part, num_classes, order)
@@ -140,9 +143,9 @@ class Product:
         for meeting, after_first in a.joint.items():
             cost = int(meeting.what != "notice")
             one, two = after_first[first], b.joint[meeting][second]
-            is_there = (one >= 0) & (two >= 0)
             if cost <= left:
-                yield self._pairs(one[is_there], two[is_there]), left - cost
+                assert ((one >= 0) == (two >= 0)).all(), f"only one of two sees {meeting}"
+                yield self._pairs(one[one >= 0], two[one >= 0]), left - cost
 
     def _pairs(self, first: Ints, second: Ints) -> Ints:
         """Pairs as numbers, the same for a pair and for the pair of the same with names changed."""

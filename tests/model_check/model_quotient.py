@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from model_part import Move, Part
 from model_setting import Violation
-from model_world import PROGRESS, Meeting
+from model_state import PROGRESS, Meeting
 
 Deed = tuple[int, Meeting | None]
 """What others notice of a step: its kind, and how it meets them. (PROGRESS, None) they do not notice by itself."""

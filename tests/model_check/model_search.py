@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 from model_setting import Violation
-from model_world import PROGRESS, Next, State
+from model_state import PROGRESS, Next, State
 
 
 class World(Protocol):

@@ -7,61 +7,20 @@ per part, however many states it occurs in. So the search runs the production tr
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Generic, NamedTuple, TypeVar
+from itertools import chain
 
 import model_station as stations
 import model_transfer as transfers
+import model_worker as workers
 from model_router import RouterSide, first_side, hear, horizon, lease_wanted, lose, route, routes, stop
 from model_setting import Setting
+from model_state import CHOICE, FAULT, PROGRESS, Meeting, Next, State, Step, Store
 from model_station import Station
 
 from duopool.core.handoff.request import Member, Route, Send
 from duopool.core.types import Incarnation, WorkerId
-
-State = tuple[int, ...]
-"""Router, stations in the order of `names`, faults left."""
-Next = tuple[str, int, State]
-"""What happens, of which kind, and the state then."""
-
-FAULT, CHOICE, PROGRESS = 1, 2, 0
-"""Kinds of steps. A choice is the client's."""
-
-
-class Meeting(NamedTuple):
-    """What a step means to other requests."""
-
-    what: str
-    """take: room on a worker. crash, break, notice: all requests of a worker see it at the same moment."""
-    place: int
-
-
-Step = tuple[str, int, Meeting | None, State]
-"""As Next, with what it means to others; None: they do not notice."""
-
-ValueT = TypeVar("ValueT", bound=Hashable)
-
-
-class Store(Generic[ValueT]):
-    """Values by number and numbers by value."""
-
-    def __init__(self) -> None:
-        self._values: list[ValueT] = []
-        self._numbers: dict[ValueT, int] = {}
-
-    def number(self, value: ValueT) -> int:
-        number = self._numbers.get(value)
-        if number is None:
-            number = self._numbers[value] = len(self._values)
-            self._values.append(value)
-        return number
-
-    def __getitem__(self, number: int) -> ValueT:
-        return self._values[number]
-
-    def __len__(self) -> int:
-        return len(self._values)
 
 
 class World:
@@ -129,7 +88,7 @@ class World:
 
     def overwritten(self, state: State, place: int) -> State:
         """The state after another request took the room that is free at a worker."""
-        return _with(state, place, self._stations.number(stations.overwritten(self.station(state, place))))
+        return _with(state, place, self._stations.number(workers.overwritten(self.station(state, place))))
 
     def is_over(self, state: State) -> bool:
         """The request has ended, nothing is held anywhere and nothing is on the way."""
@@ -145,7 +104,7 @@ class World:
         return " and ".join(f"{name} never forgets the request" for name in self._unquiet(state))
 
     def _held(self, number: int) -> int:
-        return stations.num_held(self._stations[number])
+        return workers.num_held(self._stations[number])
 
     def _unquiet(self, state: State) -> tuple[str, ...]:
         """Workers that hold something, or to or from which something is on the way."""
@@ -156,17 +115,19 @@ class World:
     # ---- a worker alone --------------------------------------------------------------------------------------------
 
     def _alone(self, number: int, oldest: int, has_ended: bool, may_fail: bool) -> list[tuple[str, int, int]]:
+        station = self._stations[number]
+        moves = chain(stations.deliveries(station, self.setting), workers.moves(station, self.setting))
         return [
             (label, cost, self._tidy(self._stations.number(after), oldest, has_ended))
-            for label, cost, after in stations.moves(self._stations[number], self.setting)
+            for label, cost, after in moves
             if may_fail or not cost
         ]
 
     def _admitted(self, number: int) -> tuple[str, int] | None:
         station, room = self._stations[number], self.setting.room
-        if room is not None and stations.num_held(station) >= room:
+        if room is not None and workers.num_held(station) >= room:
             return None
-        found = stations.admitted(station, self.setting)
+        found = workers.admitted(station, self.setting)
         return None if found is None else (found[0], self._stations.number(found[1]))
 
     def _joint(self, number: int) -> list[tuple[str, str, int]]:
@@ -277,7 +238,7 @@ class World:
     def _expired(self, number: int, holder: int) -> tuple[str, int, int] | None:
         """The holder's lease runs out, which is a fault if the router wants it."""
         router, station = self._routers[number], self._stations[holder]
-        after, table = stations.expiry(station, self.setting), station.side.current
+        after, table = workers.expiry(station, self.setting), station.side.current
         if after is None or table is None:
             return None
         member = Member(station.side.worker_id, Incarnation(station.known))

@@ -10,7 +10,8 @@ from model_product import Product, search_product
 from model_quotient import Quotient
 from model_search import Result, search
 from model_setting import Setting
-from model_world import State, World
+from model_state import State
+from model_world import World
 
 
 def assert_nothing_is_wrong(result: Result) -> None:
