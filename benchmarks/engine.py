@@ -1,15 +1,19 @@
 """Times single steps of the engine: decode at several batch sizes over a context, and one prefill chunk.
 
-    python benchmarks/engine.py [--model smollm2] [--dtype bfloat16 float32] [--context 256] [--steps 15]
+    python benchmarks/engine.py [--model smollm2] [--dtype bfloat16 float32] [--quantization int8] [--context 256]
 
-Prints best, median and processor time of a step. Requests' pages hold zeros: a step costs the same whatever they hold.
+Memory comes in huge pages as in a worker, unless THP_MEM_ALLOC_ENABLE=0 says otherwise. Prints best, median and
+processor time of a step. Requests' pages hold zeros: a step costs the same whatever they hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 
@@ -54,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--quantization", choices=("int8", "int4"), help="of the weights")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
@@ -63,7 +68,8 @@ def main() -> None:
     greedy, random = SamplingParams(temperature=0), SamplingParams(temperature=0.8, top_p=0.95, seed=1)
     for dtype in arguments.dtype:
         begin = time.perf_counter()
-        runner = ModelRunner.load(ModelConfig(model=arguments.model, dtype=dtype), CacheConfig(num_blocks=1024))
+        config = ModelConfig(model=arguments.model, dtype=dtype, quantization=arguments.quantization)
+        runner = ModelRunner.load(config, CacheConfig(num_blocks=1024))
         runner.warm_up()
         print(f"{dtype}: load {time.perf_counter() - begin:.1f} s")
         for batch in arguments.batch:

@@ -1,11 +1,13 @@
-"""Our CPU kernels beside torch's own operators, by median time: `python benchmarks/kernels.py [attention] [linear]`.
+"""Our CPU kernels beside torch's own operators, by median time: `python benchmarks/kernels.py [PART ...]`.
 
-Both sides take turns, so that a busy machine slows both. Shapes are those of SmolLM2-135M (9 query heads, 3 KV heads,
-head dim 64, hidden size 576) in bfloat16. Weights and pages are cycled through, so that they come from memory.
+Parts: bandwidth, attention, linear, sampling. Both sides take turns, so that a busy machine slows both. Shapes are
+those of SmolLM2-135M (9 query heads, 3 KV heads, head dim 64, hidden size 576). Weights and pages are cycled through,
+so that they come from memory, in huge pages as in a worker unless THP_MEM_ALLOC_ENABLE=0 says otherwise.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -13,13 +15,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, cycle
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from duopool.core.sampling_params import SamplingParams
+from duopool.core.step import SampleSpec
+from duopool.engine.sampler import sample
 from duopool.kernels import ops
 from duopool.kernels.cpu_library import library
 
 HEADS, KV_HEADS, DIM, BLOCK = 9, 3, 64, 16
+VOCABULARY = 49152
 
 
 def compare(
@@ -41,6 +49,41 @@ def compare(
         f"{other * 1e6:>11.0f} us torch{other / mine:>8.2f} x",
         flush=True,
     )
+
+
+def bench_bandwidth() -> None:
+    """The largest number of a gigabyte in a row: what memory gives who reads it in order."""
+    numbers = torch.ones(1 << 28, dtype=torch.int32)
+    times = []
+    for _ in range(9):
+        before = time.perf_counter()
+        numbers.max()
+        times.append(time.perf_counter() - before)
+    print(f"{'reading in order':<42}{numbers.nbytes / statistics.median(times) / 1e9:>39.1f} GB/s")
+
+
+def bench_sampling() -> None:
+    """Processor time of one thread, in milliseconds, for 1, 8 and 32 rows."""
+    torch.set_num_threads(1)
+    logits = torch.randn(32, VOCABULARY) * 3
+    logits[:, :200] += torch.randn(32, 200).abs() * 6
+    for name, params in {
+        "greedy": SamplingParams(temperature=0),
+        "temperature 0.8": SamplingParams(temperature=0.8, seed=1),
+        "temperature 0.8, top-p 0.95": SamplingParams(temperature=0.8, top_p=0.95, seed=1),
+        "temperature 0.8, top-k 50": SamplingParams(temperature=0.8, top_k=50, seed=1),
+        "temperature 5, top-p 0.99": SamplingParams(temperature=5, top_p=0.99, seed=1),
+    }.items():
+        medians = []
+        for rows in (1, 8, 32):
+            specs = [SampleSpec(params=params, prompt_token_ids=[1], output_token_ids=[2] * row) for row in range(rows)]
+            times = []
+            for _ in range(9):
+                before = time.thread_time()
+                sample(logits[:rows], specs)
+                times.append(time.thread_time() - before)
+            medians.append(statistics.median(times) * 1e3)
+        print(f"sampling {name:<33}{'   '.join(f'{each:.2f}' for each in medians)} ms")
 
 
 def bench_linear(dtype: torch.dtype) -> None:
@@ -106,21 +149,26 @@ def bench_attention(dtype: torch.dtype, requests: int, queries: int, context: in
 def main() -> None:
     """Run the parts named on the command line, or all."""
     torch.manual_seed(0)
-    parts = sys.argv[1:] or ["attention", "linear"]
+    parts = sys.argv[1:] or ["bandwidth", "attention", "linear", "sampling"]
     cpu = library()
     print(f"{cpu.isa.name.lower() if cpu else 'torch only'}, {torch.get_num_threads()} threads")
+    if "bandwidth" in parts:
+        bench_bandwidth()
     for dtype in (torch.bfloat16, torch.float32):
         if "attention" in parts:
             for requests, queries, context in (
                 (32, 1, 256),
                 (32, 1, 1024),
                 (1, 1, 4096),
+                (4, 1, 8192),
                 (1, 512, 512),
                 (4, 128, 1024),
             ):
                 bench_attention(dtype, requests, queries, context)
         if "linear" in parts:
             bench_linear(dtype)
+    if "sampling" in parts:
+        bench_sampling()
 
 
 if __name__ == "__main__":
