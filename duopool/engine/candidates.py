@@ -29,6 +29,11 @@ class Candidates:
     indices: Tensor
     """int64 [K] or [R, K]: the vocabulary index of each score."""
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether each row lists its own few tokens; otherwise all rows stand over the same ones."""
+        return self.indices.dim() == 2
+
 
 def keep_candidates(scaled_RV: Tensor, params: Sequence[SamplingParams]) -> Candidates:
     """Drop what each row's parameters exclude. `scaled_RV` is divided by the temperature and at most 0."""

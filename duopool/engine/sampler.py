@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -19,30 +21,53 @@ from duopool.core.step import NO_TOKEN, SampledToken, SampleSpec
 from duopool.engine.candidates import Candidates, keep_candidates, keeps_all
 from duopool.engine.grammar import GrammarMasks
 from duopool.engine.logit_rules import apply_rules, needs_rules
-from duopool.engine.sampling_noise import gumbel_noise, louder_than, noise_keys
+from duopool.engine.sampling_noise import gumbel_noise, noise_keys
 from duopool.engine.token_logprobs import token_logprobs
 from duopool.kernels import ops
 
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: dividing by them would overflow."""
-LIKELY = SamplingParams(min_p=math.exp(-9.0))
-"""Tokens that get their noise at once when nothing else limits the choice."""
-MOST_LOUD = 512
+NUM_PROBES = 512
+"""Tokens that get their noise at once when the choice is among many."""
+MOST_CONTENDERS = 2048
 ROUNDING = 1e-3
 """More than float32 can be off by in a score with noise."""
 NOISE_AT_ONCE = 1 << 18
 """Elements hashed in one go, so that the scratch stays in the processor's cache."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Logits with the best of each row."""
+
+    logits: Tensor
+    """float32 [R, V]"""
+    best: Tensor
+    """float32 [R]"""
+    likeliest: Tensor
+    """int64 [R]: the first token that has it."""
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Self:
+        best, likeliest = ops.best_tokens(logits)
+        return cls(logits=logits, best=best, likeliest=likeliest)
+
+    def pick(self, rows: list[int]) -> _Rows:
+        if len(rows) == len(self.best):
+            return self
+        return _Rows(logits=self.logits[rows], best=self.best[rows], likeliest=self.likeliest[rows])
+
+
 def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], masks: GrammarMasks | None = None) -> list[SampledToken]:
     """One token per row, with its log-probability where the parameters ask for it; `masks` for rows with a grammar."""
     if not specs:
         return []
-    logits = logits_RV.float()
-    is_sane = logits.amax(dim=-1).isfinite()  # the largest of a row with a NaN is NaN
+    rows_of_logits = _Rows.of(logits_RV.float())
+    is_sane = rows_of_logits.best.isfinite()  # the largest of a row with a NaN is NaN
     if not is_sane.all():
-        logits = logits.masked_fill(~is_sane.unsqueeze(1), 0.0)
-    chosen = _choose(logits, specs, masks).masked_fill(~is_sane, NO_TOKEN).tolist()
+        rows_of_logits = _Rows.of(rows_of_logits.logits.masked_fill(~is_sane.unsqueeze(1), 0.0))
+    logits = rows_of_logits.logits
+    chosen = _choose(rows_of_logits, specs, masks).masked_fill(~is_sane, NO_TOKEN).tolist()
     logprobs: dict[int, SampledToken] = {}
     rows = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None and chosen[row] != NO_TOKEN]
     if rows:
@@ -54,68 +79,73 @@ def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], masks: GrammarMasks |
     return [logprobs.get(row) or SampledToken(token_id=token_id) for row, token_id in enumerate(chosen)]
 
 
-def _choose(logits: Tensor, specs: Sequence[SampleSpec], masks: GrammarMasks | None) -> Tensor:
+def _choose(rows: _Rows, specs: Sequence[SampleSpec], masks: GrammarMasks | None) -> Tensor:
     """int64 [R]"""
     ruled = [row for row, spec in enumerate(specs) if needs_rules(spec)]
     if ruled:
-        logits = logits.clone()
+        logits = rows.logits.clone()
         logits[ruled] = apply_rules(logits[ruled], [specs[row] for row in ruled], masks)
+        rows = _Rows.of(logits)
     random = [row for row, spec in enumerate(specs) if spec.params.temperature >= GREEDY_BELOW]
     if not random:
-        return logits.argmax(dim=-1)
-    drawn = _draw(logits if len(random) == len(specs) else logits[random], [specs[row] for row in random])
+        return rows.likeliest
+    drawn = _draw(rows.pick(random), [specs[row] for row in random])
     if len(random) == len(specs):
         return drawn
-    chosen = logits.argmax(dim=-1)
+    chosen = rows.likeliest.clone()
     chosen[random] = drawn
     return chosen
 
 
-def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+def _draw(rows: _Rows, specs: Sequence[SampleSpec]) -> Tensor:
     params: list[SamplingParams] = [spec.params for spec in specs]
-    temperatures = torch.tensor([each.temperature for each in params], device=logits.device).unsqueeze(1)
+    temperatures = torch.tensor([each.temperature for each in params], device=rows.logits.device).unsqueeze(1)
     # Moving the best logit to 0 first keeps a small temperature from overflowing.
-    best = logits.amax(dim=-1, keepdim=True)
-    scaled = (logits - best).div_(temperatures)
-    if not best.isfinite().all():
+    scaled = (rows.logits - rows.best.unsqueeze(1)).div_(temperatures)
+    if not rows.best.isfinite().all():
         # A bias without bounds, or rules that leave nothing: what is as good as the best is a candidate all the same.
         scaled.nan_to_num_(nan=0.0, neginf=-math.inf)
-    keys = noise_keys([each.seed for each in params], [len(spec.output_token_ids) for spec in specs], logits.device)
-    free = [row for row, each in enumerate(params) if keeps_all(each, scaled.shape[1])]
-    if not free:
-        return _best_with_noise(keep_candidates(scaled, params), keys)
+    keys = noise_keys([each.seed for each in params], [len(spec.output_token_ids) for spec in specs], scaled.device)
+    is_free = [keeps_all(each, scaled.shape[1]) for each in params]
+    if all(is_free):
+        return _draw_of_many(scaled, rows.likeliest, keys)
     drawn = torch.empty(len(params), dtype=torch.int64, device=scaled.device)
-    drawn[free] = _draw_of_all(scaled[free], keys[free])
-    if limited := sorted(set(range(len(params))) - set(free)):
-        kept = keep_candidates(scaled[limited], [params[row] for row in limited])
+    free = [row for row, is_one in enumerate(is_free) if is_one]
+    limited = [row for row, is_one in enumerate(is_free) if not is_one]
+    if free:
+        drawn[free] = _draw_of_many(scaled[free], rows.likeliest[free], keys[free])
+    kept = keep_candidates(scaled[limited] if free else scaled, [params[row] for row in limited])
+    if kept.is_listed:
         drawn[limited] = _best_with_noise(kept, keys[limited])
+    else:
+        drawn[limited] = _draw_of_many(kept.scores, rows.likeliest[limited], keys[limited])
     return drawn
 
 
-def _draw_of_all(scaled_RV: Tensor, keys_R2: Tensor) -> Tensor:
-    """The winner among all tokens. Where there is a kernel, most of them get no noise because they cannot win.
+def _draw_of_many(scaled_RV: Tensor, likeliest_R: Tensor, keys_R2: Tensor) -> Tensor:
+    """The winner among all tokens above -inf. Where there is a kernel, most get no noise because they cannot win.
 
-    The best of the likely tokens is found first; an unlikely one beats it only with noise so loud that few have it.
+    The likeliest token and some from all over the vocabulary set a mark; few others have noise loud enough to pass it.
     """
-    rows, vocab_size = scaled_RV.shape
-    likely = keep_candidates(scaled_RV, [LIKELY] * rows)
-    if likely.indices.dim() == 2:
-        best, token_ids = _best_score_with_noise(likely, keys_R2)
-        limits = louder_than(best.double() - math.log(LIKELY.min_p) - ROUNDING)
-        found = ops.loud_indices(keys_R2, limits, size=vocab_size, capacity=MOST_LOUD)
-        if found is not None and int(found[1].max()) <= MOST_LOUD:
-            # What is not filled is token 0, which is as good a candidate as any.
-            loud = Candidates(scores=scaled_RV.gather(1, found[0]), indices=found[0])
-            best_of_loud, loud_ids = _best_score_with_noise(loud, keys_R2)
-            return token_ids.where(best >= best_of_loud, loud_ids)
+    vocab_size = scaled_RV.shape[1]
     everything = torch.arange(vocab_size, device=scaled_RV.device)
-    return _best_with_noise(Candidates(scores=scaled_RV, indices=everything), keys_R2)
+    every = slice(None, None, -(-vocab_size // NUM_PROBES))
+    probes = Candidates(scores=scaled_RV[:, every], indices=everything[every])
+    likeliest = likeliest_R.unsqueeze(1)
+    marks = torch.maximum(
+        _scores_with_noise(probes, keys_R2).amax(dim=-1),
+        _scores_with_noise(Candidates(scores=scaled_RV.gather(1, likeliest), indices=likeliest), keys_R2).squeeze(1),
+    )
+    found = ops.contenders(scaled_RV, keys_R2, marks - ROUNDING, capacity=MOST_CONTENDERS)
+    if found is None or (most := int(found[1].max())) > MOST_CONTENDERS:
+        return _best_with_noise(Candidates(scores=scaled_RV, indices=everything), keys_R2)
+    # What a row does not fill is token 0, which is a contender like any.
+    indices = found[0][:, :most]
+    return _best_with_noise(Candidates(scores=scaled_RV.gather(1, indices), indices=indices), keys_R2)
 
 
-def _best_score_with_noise(kept: Candidates, keys_R2: Tensor) -> tuple[Tensor, Tensor]:
-    """(score with noise, token id) of the best of few candidates [R, K]."""
-    best, winner = (kept.scores + gumbel_noise(keys_R2, kept.indices)).max(dim=-1, keepdim=True)
-    return best.squeeze(1), kept.indices.gather(1, winner).squeeze(1)
+def _scores_with_noise(some: Candidates, keys_R2: Tensor) -> Tensor:
+    return some.scores + gumbel_noise(keys_R2, some.indices)
 
 
 def _best_with_noise(kept: Candidates, keys_R2: Tensor) -> Tensor:
@@ -123,7 +153,7 @@ def _best_with_noise(kept: Candidates, keys_R2: Tensor) -> Tensor:
     best = []
     for first in range(0, len(kept.scores), rows_at_once):
         rows = slice(first, first + rows_at_once)
-        indices = kept.indices if kept.indices.dim() == 1 else kept.indices[rows]
-        winner = (kept.scores[rows] + gumbel_noise(keys_R2[rows], indices)).argmax(dim=-1, keepdim=True)
-        best.append(winner if indices.dim() == 1 else indices.gather(1, winner))
+        some = Candidates(scores=kept.scores[rows], indices=kept.indices[rows] if kept.is_listed else kept.indices)
+        winner = _scores_with_noise(some, keys_R2[rows]).argmax(dim=-1, keepdim=True)
+        best.append(some.indices.gather(1, winner) if kept.is_listed else winner)
     return torch.cat(best).squeeze(1)

@@ -33,12 +33,6 @@ def gumbel_noise(keys_R2: Tensor, indices: Tensor) -> Tensor:
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
-def louder_than(bounds_R: Tensor) -> Tensor:
-    """int64 [R]: the hashed 31 bits of any noise above `bounds_R` (float64) are below this, and few others."""
-    limits = (-torch.expm1(-(-bounds_R).exp())).mul(2.0**31).ceil() + 1
-    return limits.clamp(max=2.0**31).to(torch.int64)
-
-
 def _mix(x: Tensor) -> Tensor:
     """MurmurHash3's 32-bit finaliser, in place; int32 multiplication wraps."""
     x.bitwise_xor_(_shift_right(x, 16)).mul_(_signed_32(0x85EBCA6B))

@@ -87,12 +87,14 @@ def _declare(calls: ctypes.CDLL) -> None:
     calls.duopool_decoder_stack.restype = flag
     calls.duopool_copy_blocks.argtypes = [pointer, number, number, number, pointer, pointer, number, flag]
     calls.duopool_copy_blocks.restype = flag
-    if hasattr(calls, "duopool_loud_indices"):
-        calls.duopool_loud_indices.argtypes = [
-            *(flag, pointer, number, number, pointer),
+    if hasattr(calls, "duopool_contenders"):
+        calls.duopool_contenders.argtypes = [
+            *(flag, pointer, number, number, number, pointer, pointer),
             *(number, pointer, pointer, flag),
         ]
-        calls.duopool_loud_indices.restype = None
+        calls.duopool_contenders.restype = None
+        calls.duopool_best_tokens.argtypes = [flag, pointer, number, number, number, pointer, pointer, flag]
+        calls.duopool_best_tokens.restype = None
         calls.duopool_top_candidates.argtypes = [
             *(flag, pointer, number, number, number, pointer, pointer, pointer),
             *(number, pointer, pointer, pointer, pointer, flag),
@@ -125,7 +127,7 @@ def library() -> CpuLibrary | None:
         calls=calls,
         isa=isa,
         has_crc32=hasattr(calls, "duopool_crc32"),
-        has_sampling=hasattr(calls, "duopool_loud_indices"),
+        has_sampling=hasattr(calls, "duopool_contenders"),
         torch_has_bfloat16_tiles=bool(calls.duopool_has_bfloat16_tiles()),
     )
 

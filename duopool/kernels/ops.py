@@ -16,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from duopool.kernels.best_tokens import cpu as best_tokens_cpu
+from duopool.kernels.contenders import cpu as contenders_cpu
 from duopool.kernels.copy_blocks import cpu as copy_blocks_cpu
 from duopool.kernels.copy_blocks import reference as copy_blocks_reference
 from duopool.kernels.cpu_library import CpuLibrary, library
@@ -25,7 +27,6 @@ from duopool.kernels.decoder_stack.cpu import PackedStack
 from duopool.kernels.decoder_stack.weights import StackWeights
 from duopool.kernels.linear import cpu as linear_cpu
 from duopool.kernels.linear.packed_weight import PackedWeight
-from duopool.kernels.loud_indices import cpu as loud_cpu
 from duopool.kernels.paged_attention import cpu as attention_cpu
 from duopool.kernels.paged_attention import torch_fallback as attention_fallback
 from duopool.kernels.top_candidates import cpu as top_candidates_cpu
@@ -36,11 +37,12 @@ from duopool.kernels.write_kv import reference as write_kv_reference
 __all__ = [
     "PackedStack",
     "PackedWeight",
+    "best_tokens",
+    "contenders",
     "copy_blocks",
     "decoder_stack",
     "linear",
     "linear_is_worthwhile",
-    "loud_indices",
     "pack_stack",
     "pack_weight",
     "paged_attention",
@@ -318,16 +320,29 @@ def top_candidates(
     return top_candidates_cpu.top_candidates(cpu, scores_RV, floors_R, top_k_R, top_p_R, capacity)
 
 
-def loud_indices(keys_R2: Tensor, limits_R: Tensor, *, size: int, capacity: int) -> tuple[Tensor, Tensor] | None:
-    """Tokens below `size` whose 31 bits of noise are below a limit: (indices [R, capacity], counts [R]), int64.
+def best_tokens(scores_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row of float32 scores and the first token that has it: (float32 [R], int64 [R]).
 
-    Noise is that of `engine/sampling_noise.py` under `keys_R2` (int32); the smaller its bits, the louder. Behind a
-    row's indices stand zeros; a count above `capacity` means that some are missing. None where there is no kernel.
+    The largest of a row with a NaN is NaN; its token is any.
     """
-    cpu = library() if keys_R2.is_cpu else None
+    cpu = library() if scores_RV.is_cpu else None
+    if cpu is None or not cpu.has_sampling:
+        best = scores_RV.max(dim=-1)
+        return best.values, best.indices
+    return best_tokens_cpu.best_tokens(cpu, scores_RV)
+
+
+def contenders(scores_RV: Tensor, keys_R2: Tensor, marks_R: Tensor, *, capacity: int) -> tuple[Tensor, Tensor] | None:
+    """Tokens whose score plus noise may be above a row's mark: (indices [R, capacity], counts [R]), int64.
+
+    Whoever is above it is among them, and few others. Scores are float32, -inf never is one; noise is that of
+    `engine/sampling_noise.py` under `keys_R2` (int32); `marks_R` is float32. Behind a row's indices stand zeros; a
+    count above `capacity` means that some are missing. None where there is no kernel.
+    """
+    cpu = library() if scores_RV.is_cpu else None
     if cpu is None or not cpu.has_sampling:
         return None
-    return loud_cpu.loud_indices(cpu, keys_R2.contiguous(), limits_R, size=size, capacity=capacity)
+    return contenders_cpu.contenders(cpu, scores_RV, keys_R2.contiguous(), marks_R.contiguous(), capacity=capacity)
 
 
 def crc32(data: bytes | memoryview) -> int:

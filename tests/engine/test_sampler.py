@@ -124,14 +124,19 @@ def test_draws_over_seeds_follow_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.2, 1.0, 3.0, 8.0])
-def test_the_best_of_all_is_found_without_giving_all_of_them_noise(spread: float) -> None:
+@pytest.mark.parametrize("top_p", [1.0, 0.97])
+def test_the_best_of_many_is_found_without_giving_all_of_them_noise(spread: float, top_p: float) -> None:
     """Among flat and peaked rows, over more tokens than are ever listed."""
     vocab, rows = 3 * MOST_LISTED, 64
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(5)) * spread
     logits[:, ::3] = -math.inf
-    specs = [spec_of(seed=row, output=[0] * row, temperature=0.7) for row in range(rows)]
+    specs = [spec_of(seed=row, output=[0] * row, temperature=0.7, top_p=top_p) for row in range(rows)]
     keys = noise_keys(range(rows), range(rows), torch.device("cpu"))
     scores = (logits - logits.amax(dim=1, keepdim=True)) / 0.7 + gumbel_noise(keys, torch.arange(vocab))
+    if top_p < 1:
+        for row in range(rows):
+            out = sorted(set(range(vocab)) - plain_support(logits[row], 0, top_p, 0.0, 0.7))
+            scores[row, out] = -math.inf
     assert [token.token_id for token in sample(logits, specs)] == scores.argmax(dim=1).tolist()
     for row in (0, rows - 1):
         assert sample(logits[row : row + 1], specs[row : row + 1])[0].token_id == int(scores[row].argmax())
