@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from duopool.core.handoff.request import Member, Phase
+from duopool.core.handoff.request_state import must_be_on
 from duopool.core.ledger import BlockLedger, Holder, Owner, WorkerLedger
 from duopool.core.types import RequestId, WorkerId
 
@@ -45,13 +46,8 @@ class RequestEntry:
     """Who takes the request over, and under which attempt."""
 
     def must_be_on(self, member: Member) -> bool:
-        """Whether the worker would have said so if it had dropped this attempt.
-
-        A lease ends without a word to the router, by the decode worker's release or by time.
-        """
-        if self.phase is Phase.ADMITTED:
-            return False
-        return member == self.decode or (member == self.prefill and self.phase is Phase.PREFILLING)
+        """Whether the worker would have said so if it had dropped this attempt."""
+        return must_be_on(member, phase=self.phase, prefill=self.prefill, decode=self.decode)
 
 
 RouterView = Mapping[RequestId, RequestEntry]

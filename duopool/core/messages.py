@@ -156,10 +156,20 @@ class Cancel(Message, frozen=True, kw_only=True):
     """To P: D could not read what was sealed. Pages that do not hold it any more must not serve as cache."""
 
 
+class AttemptRef(msgspec.Struct, frozen=True, array_like=True):
+    """One attempt of one request."""
+
+    request_id: RequestId
+    attempt: int
+
+
 class Heartbeat(Message, frozen=True, kw_only=True):
     """The router lives, and still wants these leases."""
 
     lease_ids: tuple[LeaseId, ...] = ()
+    attempts: tuple[AttemptRef, ...] = ()
+    """What the worker was told to do and has not ended. A session keeps its order: of what is not here when this is
+    read, the worker has nothing to say any more, so it refuses it."""
 
 
 class SnapshotWanted(Message, frozen=True, kw_only=True):
@@ -268,6 +278,8 @@ class NackReason(StrEnum):
     DEADLINE = "deadline"
     STALE = "stale"
     """An attempt older than the newest one seen."""
+    UNKNOWN = "unknown"
+    """A heartbeat named it, and it is not here."""
     INTERNAL = "internal"
     """The request itself made the worker's step fail."""
 

@@ -56,7 +56,7 @@ from duopool.decode_worker.handoff import Answer, Handoffs, Outcome
 from duopool.decode_worker.holder import holder
 from duopool.decode_worker.pace import rest_s
 from duopool.decode_worker.scheduler import DecodeScheduler
-from duopool.engine.arrivals import Arrivals, Standing, due_at
+from duopool.engine.arrivals import NOT_HERE, Arrivals, Standing, due_at
 from duopool.engine.failpoints import Failpoint, reach
 from duopool.engine.leases import SourceIdentity
 from duopool.engine.ledger import make_ledger, unique
@@ -145,8 +145,11 @@ class DecodeWorker:
                     self._outbox.refuse(
                         session, request.request_id, attempt, NackReason.INTERNAL, "this worker decodes"
                     )
-                case Heartbeat() | Rebind():
-                    pass  # a sign of life; leases are a prefill worker's
+                case Heartbeat(attempts=attempts):
+                    for one in self._arrivals.missing(attempts, self._requests, now=now):
+                        self._outbox.refuse(session, one.request_id, one.attempt, NackReason.UNKNOWN, NOT_HERE)
+                case Rebind():
+                    pass  # leases are a prefill worker's
 
     def step(self, *, now: float) -> bool:
         with self._changing():

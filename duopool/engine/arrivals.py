@@ -6,15 +6,18 @@ answers, are the worker's. Not thread-safe; the worker's lock covers it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import Enum, auto
+from typing import Protocol
 
 from duopool.core.config import HandoffConfig, SchedulerConfig
 from duopool.core.handoff.tombstones import Tombstones
-from duopool.core.messages import GenerationRequest, NackReason
+from duopool.core.messages import AttemptRef, GenerationRequest, NackReason
 from duopool.core.types import RequestId
 from duopool.engine.served_model import Refusal, ServedModel
 
 PATIENCE_S = 30.0
+NOT_HERE = "the worker does not have it"
 
 
 def due_at(deadline_s: float | None, *, now: float) -> float:
@@ -23,6 +26,10 @@ def due_at(deadline_s: float | None, *, now: float) -> float:
     Queues are ordered by this, so nobody is overtaken by what comes more than PATIENCE_S later.
     """
     return now + (PATIENCE_S if deadline_s is None else min(deadline_s, PATIENCE_S))
+
+
+class _Attempt(Protocol):
+    attempt: int
 
 
 class Standing(Enum):
@@ -90,6 +97,17 @@ class Arrivals:
     def bury(self, request_id: RequestId, attempt: int, *, now: float) -> None:
         """Attempts up to `attempt` are over, whether they were here or not."""
         self._tombstones.bury(request_id, attempt, now=now)
+
+    def missing(
+        self, named: Sequence[AttemptRef], present: Mapping[RequestId, _Attempt], *, now: float
+    ) -> list[AttemptRef]:
+        """What a router takes for present and is not: it went astray or is over, and must not come later."""
+        missing = [
+            one for one in named if (found := present.get(one.request_id)) is None or found.attempt < one.attempt
+        ]
+        for one in missing:
+            self.bury(one.request_id, one.attempt, now=now)
+        return missing
 
     def sweep(self, *, now: float) -> None:
         """Forget attempts that ended long ago."""

@@ -40,7 +40,7 @@ from duopool.core.messages import (
 from duopool.core.step import NO_TOKEN, NOT_NUMBERS, Runner, StepPlan, StepResult
 from duopool.core.types import LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId
-from duopool.engine.arrivals import Arrivals, Standing, due_at
+from duopool.engine.arrivals import NOT_HERE, Arrivals, Standing, due_at
 from duopool.engine.failpoints import Failpoint, reach
 from duopool.engine.leases import LeaseBook, SourceIdentity
 from duopool.engine.ledger import make_ledger, unique
@@ -120,6 +120,8 @@ class PrefillWorker:
                     for lease_id in command.lease_ids:
                         if (holder := self._leases.holder(lease_id)) is not None:
                             self._leases.extend(holder, now=now)
+                    for one in self._arrivals.missing(command.attempts, self._requests, now=now):
+                        self._outbox.refuse(session, one.request_id, one.attempt, NackReason.UNKNOWN, NOT_HERE)
                 case SnapshotWanted():
                     self._outbox.say_kv_snapshot(session, self._manager)
                 case LedgerWanted(audit_id=audit_id):

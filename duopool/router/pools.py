@@ -19,9 +19,11 @@ from duopool.core.config import RouterConfig
 from duopool.core.errors import DuopoolError
 from duopool.core.handoff.request import Member, Phase, Route, WorkerMessage
 from duopool.core.messages import (
+    AttemptRef,
     Cancel,
     Command,
     Event,
+    Heartbeat,
     KvChanged,
     KvSnapshot,
     LedgerReport,
@@ -105,6 +107,10 @@ class Life(Protocol):
 
     def record(self) -> RequestRecord:
         """Its story so far."""
+        ...
+
+    def attempt_on(self, member: Member) -> int | None:
+        """The attempt that the worker must have, if there is one."""
         ...
 
     def lease_on(self, member: Member) -> LeaseId | None:
@@ -343,9 +349,13 @@ class Pools:
             case _:
                 self._request_heard(member, event)
 
-    def lease_ids(self, member: Member) -> tuple[LeaseId, ...]:
+    def heartbeat(self, member: Member) -> Heartbeat:
         leases = (life.lease_on(member) for life in self._lives.values())
-        return tuple(lease_id for lease_id in leases if lease_id is not None)
+        attempts = ((life.request_id, life.attempt_on(member)) for life in self._lives.values())
+        return Heartbeat(
+            lease_ids=tuple(lease_id for lease_id in leases if lease_id is not None),
+            attempts=tuple(AttemptRef(request_id, attempt) for request_id, attempt in attempts if attempt is not None),
+        )
 
     def _request_heard(self, member: Member, message: RequestMessage) -> None:
         life = self._lives.get(message.request_id)

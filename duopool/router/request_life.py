@@ -250,6 +250,9 @@ class RequestLife:
     def record(self) -> RequestRecord:
         return self._audience.record(self._state, self._error)
 
+    def attempt_on(self, member: Member) -> int | None:
+        return self._state.attempt_on(member)
+
     def lease_on(self, member: Member) -> LeaseId | None:
         state = self._state
         is_needed = state.ready and state.phase in (Phase.ADMITTED, Phase.PREFILLING, Phase.LEASED, Phase.READING)

@@ -18,7 +18,6 @@ from typing import Protocol
 from duopool.core.config import HandoffConfig
 from duopool.core.handoff.request import Member
 from duopool.core.messages import Command, CommandBatch, Event, Heartbeat, StepReport, WorkerInfo, WorkerLoad
-from duopool.core.types import LeaseId
 from duopool.router.connection import Connect, Connection, ConnectionBroken
 
 log = logging.getLogger(__name__)
@@ -46,8 +45,8 @@ class SessionListener(Protocol):
 
     def session_heard(self, member: Member, event: Event) -> None: ...
 
-    def lease_ids(self, member: Member) -> tuple[LeaseId, ...]:
-        """Leases of this worker that the router still wants."""
+    def heartbeat(self, member: Member) -> Heartbeat:
+        """What the router still wants of this worker."""
         ...
 
 
@@ -158,7 +157,7 @@ class Session:
                 continue
             if now - self._progress_at > STALL_FACTOR * self._config.progress_watchdog_s:
                 raise ConnectionBroken(f"its step has not ended for {now - self._progress_at:.1f} s")
-            self.send(Heartbeat(lease_ids=self._listener.lease_ids(self.member)))
+            self.send(self._listener.heartbeat(self.member))
 
     def _lose(self, reason: str) -> None:
         if self.state is not SessionState.LOST:

@@ -545,6 +545,34 @@ def test_a_prefill_worker_cannot_refuse_what_is_decoding() -> None:
             assert transition(state, Heard(p, nack)) == (state, ())
 
 
+def unknown(attempt: int) -> Nack:
+    return Nack(request_id=REQUEST_ID, attempt=attempt, reason=NackReason.UNKNOWN)
+
+
+def test_a_worker_that_does_not_have_the_request_is_left_for_another() -> None:
+    p, d = Member(WorkerId("p"), Incarnation(1)), Member(WorkerId("d"), Incarnation(2))
+    state, _ = transition(RequestState(request=REQUEST), Routed(Route(prefill=p, decode=d)))
+    for member in (p, d):
+        assert state.attempt_on(member) == 1
+        after, actions = transition(state, Heard(member, unknown(1)))
+        assert actions[-1] == NeedRoute(frozenset({member}))
+        assert after.retries_left == MAX_RETRIES - 1
+        assert after.attempt_on(member) is None
+
+
+def test_the_leased_work_outlives_a_decode_worker_that_does_not_have_the_request() -> None:
+    state, p, d, _ = leased()
+    _, actions = transition(state, Heard(d, unknown(1)))
+    assert actions[-1] == NeedRoute(frozenset({d}), p)
+
+
+def test_a_prefill_worker_need_not_have_what_was_taken_from_it() -> None:
+    """It was asked before its last word came, and its lease is over since."""
+    state, p, _, _ = leased()
+    assert state.attempt_on(p) is None
+    assert transition(state, Heard(p, unknown(1))) == (state, ())
+
+
 def test_a_gap_in_the_tokens_is_a_new_attempt() -> None:
     """The worker will not say again what the wire lost: to wait for it would be to wait for ever."""
     state, p, d, _ = leased()

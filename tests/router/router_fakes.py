@@ -115,6 +115,8 @@ class FakeWorker:
         """Say nothing at all."""
         self.stalled = False
         """Say only that the step goes on."""
+        self.is_forgetful = False
+        """Lose every request that comes, and say so when it is asked."""
         self.draining = False
         self.drain_s = 0.0
         self.holders: list[Holder] = []
@@ -235,6 +237,11 @@ class FakeWorker:
                         retry_after_s=0.02,
                     )
                 )
+            case Prefill() | Reserve() if self.is_forgetful:
+                pass
+            case Heartbeat(attempts=attempts) if self.is_forgetful:
+                for one in attempts:
+                    self.say(Nack(request_id=one.request_id, attempt=one.attempt, reason=NackReason.UNKNOWN))
             case Prefill(request=request, attempt=attempt):
                 self.say(Accepted(request_id=request.request_id, attempt=attempt, num_cached_tokens=0))
                 self._run(request, self._prefill(request, attempt))

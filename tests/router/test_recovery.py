@@ -272,6 +272,19 @@ def test_a_lease_is_given_to_another_decode_worker() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("forgetful", ["prefill-0", "decode-0"])
+def test_a_worker_that_lives_and_has_lost_the_request_is_left_for_another(forgetful: str) -> None:
+    async def run() -> None:
+        async with FakeCluster(four()) as cluster:
+            (loser,) = (worker for worker in cluster.workers if worker.worker_id == forgetful)
+            loser.is_forgetful = True
+            finished = [await Reading(cluster.inference.Generate(request(6))).check(6) for _ in range(2)]
+            assert any(loser.received(kind) for kind in (Prefill, Reserve))
+            assert max(one.attempts for one in finished) == 2
+
+    asyncio.run(run())
+
+
 def test_a_request_waits_for_a_worker_to_come_back() -> None:
     async def run() -> None:
         async with FakeCluster() as cluster:

@@ -91,6 +91,18 @@ class Cluster:
 
         self.time.at(self.time.now + 0.5, replace_when_idle)
 
+    def forget(self, place: str) -> None:
+        """Let a worker drop a request and say nothing of it."""
+        life = self.workers[place]
+
+        def drop() -> None:
+            if requests := life.worker._requests:
+                request = requests[self.random.choice(sorted(requests))]
+                life.worker._end(request, now=life.process.clock())  # type: ignore[arg-type]
+
+        if life.process.is_alive:
+            life.process.start(drop)
+
     def _process(self, place: str) -> Process:
         process = self.time.process(place)
         process.clock_offset = 100.0 + 1000.0 * self.random.random()  # clocks of two processes never agree

@@ -22,6 +22,7 @@ from .scenario import (
     Crash,
     Drain,
     Fault,
+    Forget,
     Moment,
     Partition,
     Planned,
@@ -101,6 +102,8 @@ class Faults:
                 self._time.at(self._time.now + fault.for_s, lambda: setattr(network, "perturb", None))
             case Drain(place=place):
                 cluster.drain(place)
+            case Forget(place=place):
+                cluster.forget(place)
             case Abandon():
                 seed = None if request_id is None else laws.ask_of.get(request_id)
                 for client in self._clients:

@@ -114,11 +114,18 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """A worker drops one of its requests and tells nobody."""
+
+    place: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Abandon:
     """The client whose request the moment was about does not want it any more."""
 
 
-Fault = Crash | Stall | ClockJump | Partition | Break | TransferTrouble | Wild | Drain | Abandon
+Fault = Crash | Stall | ClockJump | Partition | Break | TransferTrouble | Wild | Drain | Forget | Abandon
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +179,7 @@ def scenario(seed: int) -> Scenario:
     plan = _plan(random, prefill, decode, routers, has_digests=has_digests)
     if is_crowded and random.random() < 0.6:
         plan += _pursuit(random, decode, routers)
+    plan += _forgetting(Random(f"{seed} forgets"))
     # When single messages of a stream vanish or are overtaken, only a deadline is sure to end a request.
     is_lossy = any(isinstance(one.fault, Wild) and (one.fault.lost or one.fault.overtaken) for one in plan)
     timers = FAST if random.random() < 0.85 else {}
@@ -276,6 +284,14 @@ def _pursuit(random: Random, decode: tuple[str, ...], routers: tuple[str, ...]) 
         for worker in decode
     )
     return (doubled, Planned(when=0.3, fault=slow), *breaks)
+
+
+def _forgetting(random: Random) -> tuple[Planned, ...]:
+    """A worker has a mistake of its own."""
+    if random.random() < 0.7:
+        return ()
+    moment = Moment(kind=random.choice(MOMENTS), number=random.choice((1, 2, 3, 5, 8)), after_s=0.05 * random.random())
+    return (Planned(when=moment, fault=Forget(place=THERE)),)
 
 
 def _fault(

@@ -9,9 +9,11 @@ import pytest
 from worker_fakes import ROUTER, Pair, expected_stream, make_pair
 
 from duopool.core.messages import (
+    AttemptRef,
     BlocksReady,
     Cancel,
     Command,
+    Heartbeat,
     KvChanged,
     KvSnapshot,
     NackReason,
@@ -98,6 +100,22 @@ def test_what_is_past_its_deadline_is_neither_prefilled_nor_given_room() -> None
         ("late", NackReason.DEADLINE),
         ("local", NackReason.DEADLINE),
     ]
+
+
+def test_what_a_heartbeat_names_and_is_not_here_is_refused_and_does_not_come_later() -> None:
+    pair = make_pair()
+    pair.send(pair.request("here", [1] * 6, max_tokens=2, ignore_eos=True))
+    beat = Heartbeat(attempts=(AttemptRef(RequestId("here"), 1), AttemptRef(RequestId("astray"), 1)))
+    pair.to_prefill(beat)
+    pair.to_decode(beat)
+    assert [(nack.request_id, nack.attempt, nack.reason) for nack in pair.nacks()] == [
+        ("astray", 1, NackReason.UNKNOWN),
+        ("astray", 1, NackReason.UNKNOWN),
+    ]
+    pair.send(pair.request("astray", [2] * 6))
+    pair.run()
+    assert list(pair.finished) == ["here"]
+    pair.assert_nothing_is_held()
 
 
 def test_doubled_commands_change_nothing() -> None:

@@ -273,6 +273,8 @@ def _tokens(state: RequestState, tokens: Tokens) -> Step:
 def _nack(state: RequestState, member: Member, nack: Nack) -> Step:
     if state.phase is Phase.DECODING and state.route is not None and member != state.route.decode:
         return state, ()  # P's part is over
+    if nack.reason is NackReason.UNKNOWN and state.attempt_on(member) is None:
+        return state, ()  # it was asked before its part was over
     if nack.reason in (NackReason.BUSY, NackReason.DRAINING):
         return _elsewhere(state, member)  # no failure: what was accepted waits until somebody takes it
     final = (NackReason.TOO_LARGE, NackReason.DEADLINE, NackReason.INTERNAL)

@@ -63,6 +63,17 @@ class Route:
     decode: Member
 
 
+def must_be_on(member: Member, *, phase: Phase, prefill: Member | None, decode: Member | None) -> bool:
+    """Whether the worker would have said so if it had dropped the current attempt.
+
+    A lease ends without a word to the router, by the decode worker's release or by time, and one that is carried is not
+    known by its own name.
+    """
+    if phase.is_final or phase in (Phase.ADMITTED, Phase.CARRIED):
+        return False
+    return member == decode or (member == prefill and phase is Phase.PREFILLING)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shadow:
     """The next attempt of a migrating request: it gets the blocks, and nothing that it says reaches the client yet."""
@@ -103,6 +114,15 @@ class RequestState:
     def is_suspect(self) -> bool:
         """So many members were lost over it in a row that it goes on only when some of them turn out to live."""
         return len(self.missing) + len(self.dead) >= POISON_LIMIT
+
+    def attempt_on(self, member: Member) -> int | None:
+        """The attempt that the worker must have, if there is one."""
+        if self.shadow is not None and member == self.shadow.decode:
+            return self.shadow.attempt
+        route = self.route
+        if route is None or not must_be_on(member, phase=self.phase, prefill=route.prefill, decode=route.decode):
+            return None
+        return self.attempt
 
     @property
     def is_handed_over(self) -> bool:
