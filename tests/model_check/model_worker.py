@@ -21,20 +21,18 @@ def moves(station: Station, setting: Setting) -> Iterator[Move]:
         yield from _decode_moves(station, station.side, setting)
 
 
-def admitted(station: Station, setting: Setting) -> tuple[str, Station] | None:
-    """The station after whoever waits for room there has found it; None if nobody waits."""
+def admissions(station: Station, setting: Setting) -> Iterator[tuple[str, Station]]:
+    """Whoever waits for room there finds it."""
     side, guards = station.side, setting.guards
     table = side.current
-    if isinstance(side, PrefillSide):
-        if table is None or table.phase != "waiting":
-            return None
-        after = say(station, prefill.admit(side), ())
-    elif decode.wants_blocks(side, guards):
-        assert table is not None
-        after = say(station, *decode.admit(side, guards), is_silent=table.is_silent)
-    else:
-        return None
-    return f"{side.worker_id} gives blocks to attempt {table.attempt}", after
+    if table is None:
+        return
+    label = f"{side.worker_id} gives blocks to attempt {table.attempt}"
+    if isinstance(side, DecodeSide):
+        if decode.wants_blocks(side, guards):
+            yield label, say(station, *decode.admit(side, guards), is_silent=table.is_silent)
+    elif table.phase == "waiting":
+        yield label, say(station, prefill.admit(side), ())
 
 
 def overwritten(station: Station) -> Station:

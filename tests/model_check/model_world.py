@@ -36,7 +36,7 @@ class World:
         self._all_routes = all_routes
         self._routers, self._stations = Store[RouterSide](), Store[Station]()
         self._place = {WorkerId(name): place for place, name in enumerate(self.names, start=1)}
-        once = (self._about, self._tidy, self._alone, self._joint, self._admitted, self._heard, self._push)
+        once = (self._about, self._tidy, self._alone, self._heard, self._push)
         once_too = (self._expired, self._open, self._transfer, self._routed, self._held)
         for work in (*once, *once_too):  # whatever happens to a part is worked out once
             setattr(self, work.__name__, cache(work))
@@ -64,15 +64,10 @@ class World:
         _, at_p, at_d, has_ended = self._about(state[0])
         for place in self.places:
             number, is_prefill = state[place], place <= self.setting.num_prefill
-            for label, cost, after in self._alone(number, at_p if is_prefill else at_d, has_ended, left > 0):
-                yield label, cost, None, _with(state, place, after, cost)
+            oldest = at_p if is_prefill else at_d
+            for label, kind, meeting, after in self._alone(number, place, oldest, has_ended, left > 0):
+                yield label, kind, meeting, _with(state, place, after, kind == FAULT)
             yield from self._to_router(state, place)
-            admitted = self._admitted(number)
-            if admitted is not None:
-                yield admitted[0], PROGRESS, Meeting("take", place), self._tidied(_with(state, place, admitted[1]))
-            if left > 0:
-                for label, what, after in self._joint(number):
-                    yield label, FAULT, Meeting(what, place), self._tidied(_with(state, place, after, 1))
             if is_prefill:
                 yield from self._expiry(state, place)
                 yield from self._hung_up(state, place)
@@ -114,25 +109,23 @@ class World:
 
     # ---- a worker alone --------------------------------------------------------------------------------------------
 
-    def _alone(self, number: int, oldest: int, has_ended: bool, may_fail: bool) -> list[tuple[str, int, int]]:
-        station = self._stations[number]
-        moves = chain(stations.deliveries(station, self.setting), workers.moves(station, self.setting))
+    def _alone(
+        self, number: int, place: int, oldest: int, has_ended: bool, may_fail: bool
+    ) -> list[tuple[str, int, Meeting | None, int]]:
+        station, setting = self._stations[number], self.setting
+        found: list[tuple[str, int, Meeting | None, Station]] = []
+        for label, cost, after in chain(stations.deliveries(station, setting), workers.moves(station, setting)):
+            found.append((label, FAULT if cost else PROGRESS, None, after))
+        if setting.room is None or workers.num_held(station) < setting.room:
+            for label, after in workers.admissions(station, setting):
+                found.append((label, PROGRESS, Meeting("take", place), after))
+        for label, what, after in stations.joint_moves(station, setting):
+            found.append((label, FAULT, Meeting(what, place), after))
         return [
-            (label, cost, self._tidy(self._stations.number(after), oldest, has_ended))
-            for label, cost, after in moves
-            if may_fail or not cost
+            (label, kind, meeting, self._tidy(self._stations.number(after), oldest, has_ended))
+            for label, kind, meeting, after in found
+            if may_fail or kind != FAULT
         ]
-
-    def _admitted(self, number: int) -> tuple[str, int] | None:
-        station, room = self._stations[number], self.setting.room
-        if room is not None and workers.num_held(station) >= room:
-            return None
-        found = workers.admitted(station, self.setting)
-        return None if found is None else (found[0], self._stations.number(found[1]))
-
-    def _joint(self, number: int) -> list[tuple[str, str, int]]:
-        moves = stations.joint_moves(self._stations[number], self.setting)
-        return [(label, what, self._stations.number(after)) for label, what, after in moves]
 
     # ---- the router ------------------------------------------------------------------------------------------------
 
