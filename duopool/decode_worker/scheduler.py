@@ -69,9 +69,11 @@ class DecodeScheduler:
 
     @property
     def num_coming(self) -> int:
-        """Requests that will join the batch as soon as others have prefilled them."""
+        """Requests that will join the batch as soon as others have prefilled them; those that move are prefilled."""
         num_pulling = sum(one.slot is not None and not one.slot.is_moving for one in self.pulling)
-        num_announced = sum(not one.wants_blocks for one in self.waiting)
+        num_announced = sum(
+            one.slot is not None and not one.slot.is_moving and not one.wants_blocks for one in self.waiting
+        )
         return num_pulling + min(num_announced, self._config.max_num_seqs - self._num_seqs)
 
     def add(self, request: DecodeRequest) -> None:

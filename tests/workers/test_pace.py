@@ -6,8 +6,11 @@ from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
+from moving_fakes import Movers
 from worker_fakes import BLOCK_SIZE, Clock, make_pair
 
+from duopool.core.handoff.request import Moved, Phase
+from duopool.core.types import RequestId
 from duopool.decode_worker.pace import LONGEST_REST_S, rest_s
 from duopool.engine.step_loop import TICK_S, StepLoop
 
@@ -42,6 +45,27 @@ def test_a_worker_rests_while_most_of_a_burst_is_on_its_way() -> None:
     pair.step_decode()
     assert pair.decode.load().num_running == 3
     assert pair.decode.rest_s == 0
+
+
+def test_nobody_rests_for_streams_that_come_from_another_worker() -> None:
+    movers = Movers()
+    for number in range(4):
+        movers.start(f"r{number}", tuple(range(10 + number, 40 + number)), number // 3, max_tokens=40, ignore_eos=True)
+    while min(map(len, movers.streams.values())) < 3:
+        movers.turn()
+    target = movers.decoders[1]
+    for number in range(3):
+        movers.feed(f"r{number}", Moved(target.member))
+        assert movers.states[RequestId(f"r{number}")].phase is Phase.MIGRATING
+        while movers.deliver_command(1):
+            pass
+    target.runner.during_step = lambda: setattr(movers.clock, "now", movers.clock.now + 0.01)
+    assert movers.step(1)
+    assert target.worker.load().num_running == 1
+    assert target.worker.rest_s == 0
+    movers.settle()
+    assert {movers.home(f"r{number}") for number in range(4)} == {1}
+    movers.assert_nothing_is_held()
 
 
 class RestingWorker:
