@@ -22,6 +22,8 @@ class _Told:
     """Attempts before this one have been given up."""
     dropped: set[int] = field(default_factory=set)
     """Shadows that were given up while an older attempt went on."""
+    has_parted: bool = False
+    """It answers for itself, whatever becomes of its carrier."""
     fresh: set[int] = field(default_factory=set)
     stale: set[int] = field(default_factory=set)
     """Indices of tokens that came from an attempt that could count, and from one that could not."""
@@ -61,6 +63,8 @@ class Fence:
         """A worker's message comes in at a router."""
         if isinstance(event, Joined) and event.attempt not in self._told[event.request_id].dropped:
             self._begin(event.request_id, event.attempt)
+        if isinstance(event, Joined | Tokens) and event.attempt >= self._told[event.request_id].current:
+            self._told[event.request_id].has_parted = True
         heard = (event.first_token, *event.first_tokens) if isinstance(event, BlocksReady) else (event,)
         for tokens in heard:
             if not isinstance(tokens, Tokens):
@@ -76,8 +80,10 @@ class Fence:
             self._breach(f"token {index} of {request_id[:6]} was taken from an attempt that had been given up")
 
     def _begin_all(self, request_id: RequestId, attempt: int) -> None:
-        for each in (request_id, *self._carried.get(request_id, ())):
-            self._begin(each, attempt)
+        self._begin(request_id, attempt)
+        for choice in self._carried.get(request_id, ()):
+            if not self._told[choice].has_parted:
+                self._begin(choice, attempt)
 
     def _begin(self, request_id: RequestId, attempt: int) -> None:
         told = self._told[request_id]
