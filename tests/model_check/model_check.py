@@ -33,6 +33,9 @@ SEARCHES = {
     "2 faults, D reads": Setting(num_faults=2, cancels=False, room=1),
     "1 fault and a client that may go away, D reads": Setting(num_faults=1, room=1),
     "1 fault and a client that may go away, D reads, room for two": Setting(num_faults=1, room=2),
+    "2 of: a heartbeat that asks, a message late or twice, a session that ends": Setting(
+        num_faults=2, cancels=False, room=1, faults=frozenset({"ask", "delay", "double", "break"})
+    ),
     "1 fault and a client that may go away, P serves": Setting(num_faults=1, room=1, one_sided=False),
     "1 fault and a client that may go away, prefixes computed on either side": Setting(
         num_faults=1, room=1, local_prefill=True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from model_arrivals import nack, standing
+from model_arrivals import missing, nack, standing
 from model_prefill import block_of
 from model_setting import NUM_BLOCKS, NUM_TOKENS, REQUEST_ID, WRONG_TOKEN, Guards, Violation, token_at
 
@@ -18,6 +18,7 @@ from duopool.core.messages import (
     BlocksReady,
     Cancel,
     Command,
+    Heartbeat,
     Joined,
     LeaseRef,
     Nack,
@@ -108,6 +109,10 @@ def hear(side: DecodeSide, command: Command, guards: Guards, *, busy: bool = Fal
             if side.current is not None and side.current.attempt <= attempt:
                 side, said = end(side, guards)
             return replace(side, buried=max(side.buried, attempt)), said
+        case Heartbeat():
+            gone = missing(side.buried, None if side.current is None else side.current.attempt, command)
+            side = replace(side, buried=max((side.buried, *gone)))
+            return side, tuple(nack(attempt, NackReason.UNKNOWN) for attempt in gone)
         case _:
             return side, ()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from model_arrivals import nack, standing
+from model_arrivals import missing, nack, standing
 from model_setting import NUM_BLOCKS, NUM_TOKENS, REQUEST_ID, Guards, Setting, Violation, token_at
 
 from duopool.core.handoff import lease as leases
@@ -18,6 +18,7 @@ from duopool.core.messages import (
     BlocksReady,
     Cancel,
     Command,
+    Heartbeat,
     LeaseRef,
     Nack,
     NackReason,
@@ -109,6 +110,10 @@ def hear(side: PrefillSide, command: Command, setting: Setting, *, busy: bool = 
             lease = leases.rebind(table.lease, attempt)
             table = replace(table, lease=lease, attempt=lease.attempt, is_silent=False)
             return replace(side, current=table), ()
+        case Heartbeat():
+            gone = missing(side.buried, None if side.current is None else side.current.attempt, command)
+            side = replace(side, buried=max((side.buried, *gone)))
+            return side, tuple(nack(attempt, NackReason.UNKNOWN) for attempt in gone)
         case _:
             return side, ()
 

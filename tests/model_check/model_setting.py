@@ -81,7 +81,8 @@ class Setting:
     faults: frozenset[str] = frozenset({"double", "delay", "crash", "break", "ttl", "read", "validate", "busy"})
     """double, delay: one message. break: a session ends while its worker lives, and what is on its wires is lost.
     crash: a worker comes back empty under a new incarnation. ttl: a lease runs out that is still wanted. read: a
-    transfer fails or a page is damaged. validate: question or answer is lost or late. busy: a worker refuses."""
+    transfer fails or a page is damaged. validate: question or answer is lost or late. busy: a worker refuses.
+    ask, not among these at first and no fault: a heartbeat asks a worker for what the router takes to be there."""
     cancels: bool = True
     """The client may go away at any time."""
     local_prefill: bool = False

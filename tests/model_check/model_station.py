@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 
 import model_decode as decode
 import model_prefill as prefill
@@ -16,7 +17,7 @@ from model_prefill import PrefillSide
 from model_setting import Setting
 
 from duopool.core.handoff.request import Member
-from duopool.core.messages import Cancel, Command, Event, Nack, NackReason, Prefill, Reserve, Validate
+from duopool.core.messages import Cancel, Command, Event, Heartbeat, Nack, NackReason, Prefill, Reserve, Validate
 from duopool.core.types import Incarnation, WorkerId
 
 
@@ -195,6 +196,8 @@ def show(message: object) -> str:
     match message:
         case Prefill(request=request) | Reserve(request=request) if request.output_token_ids:
             return f"{name}(attempt {attempt}, {len(request.output_token_ids)} tokens out)"
+        case Heartbeat(attempts=attempts):
+            return f"Heartbeat(attempt {attempts[0].attempt})"
         case Cancel():
             return f"Cancel(attempt {attempt})"
         case _ if hasattr(message, "first_block"):
@@ -227,15 +230,20 @@ def tidy(station: Station, oldest: int, has_ended: bool, setting: Setting) -> St
                 late_events=tuple(one for one in station.late_events if not is_noise(one[1])),
             )
     if guards.tombstones and guards.incarnation_check:
-        commands = tuple(one for one in station.commands if one.attempt > side.buried)  # type: ignore[union-attr]
+        commands = tuple(one for one in station.commands if _attempt(one) > side.buried)  # type: ignore[union-attr]
         late = tuple(
             one
             for one in station.late_commands
-            if one[0] == station.incarnation and one[-1].attempt > side.buried  # type: ignore[union-attr]
+            if one[0] == station.incarnation and _attempt(one[-1]) > side.buried  # type: ignore[union-attr]
         )
         if (commands, late) != (station.commands, station.late_commands):
             station = replace(station, commands=commands, late_commands=late)
     return station
+
+
+def _attempt(command: Command) -> float:
+    """The attempt that a command belongs to; a heartbeat is always heard."""
+    return inf if isinstance(command, Heartbeat) else command.attempt  # type: ignore[union-attr]
 
 
 def is_quiet(station: Station) -> bool:

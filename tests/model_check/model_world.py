@@ -15,11 +15,12 @@ import model_station as stations
 import model_transfer as transfers
 import model_worker as workers
 from model_router import RouterSide, first_side, hear, horizon, lease_wanted, lose, route, routes, stop
-from model_setting import Setting
+from model_setting import REQUEST_ID, Setting
 from model_state import CHOICE, FAULT, PROGRESS, Meeting, Next, State, Step, Store
 from model_station import Station
 
 from duopool.core.handoff.request import Member, Route, Send
+from duopool.core.messages import AttemptRef, Heartbeat
 from duopool.core.types import Incarnation, WorkerId
 
 
@@ -161,6 +162,8 @@ class World:
             )
             for label, router, sends in self._routed(state[0], known, untouched):
                 yield label, PROGRESS, None, self._tidied(self._sent((router, *state[1:]), sends))
+        if "ask" in self.setting.faults and not has_ended and state[-1] > 0:
+            yield from self._asks(state)
         if self.setting.cancels and not has_ended:
             stopped, sends = stop(self.router(state), self.setting)
             after = self._sent((self._routers.number(stopped), *state[1:]), sends)
@@ -177,6 +180,18 @@ class World:
             after, sends = route(router, choice, self.setting)
             found.append((_name(choice), self._routers.number(after), sends))
         return found
+
+    def _asks(self, state: State) -> Iterator[Step]:
+        """A heartbeat asks a worker for the request; they are limited like faults."""
+        for place in self.places:
+            station = self.station(state, place)
+            member = Member(station.side.worker_id, Incarnation(station.known))
+            attempt = self.router(state).state.attempt_on(member)
+            if attempt is not None:
+                heartbeat = Heartbeat(attempts=(AttemptRef(REQUEST_ID, attempt),))
+                after = self._sent(state, (Send(member, heartbeat),))
+                label = f"R asks {member.worker_id} for attempt {attempt}"
+                yield label, FAULT, None, self._tidied((*after[:-1], after[-1] - 1))
 
     def _sent(self, state: State, sends: tuple[Send, ...]) -> State:
         for send in sends:

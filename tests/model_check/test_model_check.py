@@ -41,6 +41,17 @@ def test_no_single_fault_is_wrong_nor_costs_more_than_two_retries() -> None:
     assert_nothing_is_wrong(search(World(Setting(cancels=False, max_retries=2, may_fail=False))))
 
 
+def test_a_heartbeat_that_asks_costs_nothing_where_nothing_is_wrong() -> None:
+    setting = Setting(num_faults=2, faults=frozenset({"ask"}), max_retries=0, may_fail=False)
+    assert_nothing_is_wrong(search(World(setting)))
+
+
+@pytest.mark.parametrize("fault", ["delay", "double", "break"])
+def test_a_heartbeat_that_asks_does_no_harm_beside_a_fault(fault: str) -> None:
+    setting = Setting(num_prefill=1, num_decode=1, num_faults=2, cancels=False, faults=frozenset({"ask", fault}))
+    assert_nothing_is_wrong(search(World(setting)))
+
+
 # ---- two requests ----------------------------------------------------------------------------------------------------
 
 
