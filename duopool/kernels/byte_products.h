@@ -84,10 +84,12 @@ DUOPOOL_TARGET __attribute__((noinline)) void multiply_bytes(const ByteRow* x, i
             Words weights[2];
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
+                const uint32_t* const from = words + (BITS == 8 ? quad : quad / 2) * CHUNK + v * WIDTH;
+                if (BITS == 8 || quad % 2 == 0) prefetch_stream(from);
                 if (BITS == 8) {
-                    weights[v] = *(const LooseWords*)(words + quad * CHUNK + v * WIDTH);
+                    weights[v] = *(const LooseWords*)from;
                 } else {
-                    const Words both = *(const LooseWords*)(words + quad / 2 * CHUNK + v * WIDTH);
+                    const Words both = *(const LooseWords*)from;
                     weights[v] = (quad % 2 ? both >> 4 : both) & 0x0f0f0f0fu;
                 }
             }
@@ -100,6 +102,7 @@ DUOPOOL_TARGET __attribute__((noinline)) void multiply_bytes(const ByteRow* x, i
             }
         }
         const Bfloat16* scales = (const Bfloat16*)(words + Packed<BITS>::WORDS);
+        prefetch_stream(scales);
         const Floats low = load_line(scales), high = load_line(scales + WIDTH);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {

@@ -134,6 +134,10 @@ DUOPOOL_INLINE float sum(Floats value) {
     return value[0];
 }
 
+// Asks for the line that a stream of weights comes to after some time, into the second cache: the hardware looks ahead no
+// further than a page of 4 KB, and memory answers later than that.
+DUOPOOL_INLINE void prefetch_stream(const void* line) { __builtin_prefetch((const char*)line + 8192, 0, 2); }
+
 // e^x to 2 units in the last place for x <= 88; exactly 0 below -87.
 DUOPOOL_INLINE Floats exponential(Floats x) {
     const Floats bounded = larger(x, fill(-87.0f));

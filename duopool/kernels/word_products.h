@@ -52,8 +52,11 @@ DUOPOOL_TARGET __attribute__((noinline)) void multiply_words(const X* x, int64_t
     Words words[2 * P];
     for (int64_t k = 0; k + 2 <= depth; k += 2) {
 #pragma GCC unroll 8
-        for (int v = 0; v < 2 * P; ++v)
-            words[v] = *(const LooseWords*)(panel + v / 2 * panel_stride + k / 2 * CHUNK + v % 2 * WIDTH);
+        for (int v = 0; v < 2 * P; ++v) {
+            const uint32_t* const from = panel + v / 2 * panel_stride + k / 2 * CHUNK + v % 2 * WIDTH;
+            words[v] = *(const LooseWords*)from;
+            prefetch_stream(from);
+        }
         add_pair<R, 2 * P>(x + k, x_stride, words, sums);
     }
     if (depth % 2) {
