@@ -18,6 +18,7 @@ from duopool.core.messages import (
     Command,
     Event,
     Joined,
+    Nack,
     Prefill,
     Rebind,
     Reserve,
@@ -105,7 +106,13 @@ class WatchedWorker:
     def handle(self, command: Command, session: SessionId, *, now: float) -> None:
         self._listen()
         self._obey(command)
+        newer = self._newer_than(command)
         self._worker.handle(command, session, now=now)
+        if newer is not None and self._newer_than(command) is None:
+            self._listen()
+            nacks = (one.event for one in self._said if isinstance(one.event, Nack))
+            if newer not in {(nack.request_id, nack.attempt) for nack in nacks}:
+                self._breach(f"ended {newer[0][:6]}/{newer[1]} without a word when an older attempt was cancelled")
         if isinstance(command, Rebind):
             self._check_lease(command)
 
@@ -133,6 +140,13 @@ class WatchedWorker:
 
     def check(self) -> None:
         self._worker.check()
+
+    def _newer_than(self, command: Command) -> tuple[RequestId, int] | None:
+        """The attempt here that a Cancel is too old for."""
+        requests = getattr(self._worker, "_requests", {})
+        found = requests.get(command.request_id) if isinstance(command, Cancel) else None
+        is_newer = found is not None and isinstance(command, Cancel) and found.attempt > command.attempt
+        return (found.request_id, found.attempt) if is_newer else None
 
     # ---- laws --------------------------------------------------------------------------------------------------------
 
