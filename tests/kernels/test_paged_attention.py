@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import AttentionCase, attention_cases, cpu_attentions
+from compiled import ISAS, compiled, needs_library
 from hypothesis import HealthCheck, given, settings
 from torch.nn.functional import scaled_dot_product_attention
 
 from duopool.kernels import ops
-from duopool.kernels.cpu_library import library
+from duopool.kernels.cpu_library import Isa, library
 from duopool.kernels.paged_attention import cpu
 from duopool.kernels.paged_attention.reference import paged_attention as reference
 
@@ -54,6 +55,38 @@ def test_number_of_threads_does_not_matter(threads: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(cpu, "num_threads", lambda: threads)
     case = replace(CASE, requests=((1, 2000), (1, 10), (90, 0)), key_dim=64, value_dim=32, soft_cap=3.0, sinks=True)
     case.check(ops.paged_attention)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_of_a_decoding_row_are_the_same_in_any_batch_and_on_any_threads(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = (2500, 70, 1300)
+    case = replace(CASE, dtype=dtype, requests=tuple((1, n - 1) for n in lengths), key_dim=64, value_dim=64)
+    (query, keys, values, tables, starts, kv_lengths), options = case.build()
+    together = ops.paged_attention(query, keys, values, tables, starts, kv_lengths, **options)
+    for threads in (1, 3):
+        monkeypatch.setattr(cpu, "num_threads", lambda threads=threads: threads)
+        for row in range(len(lengths)):
+            one = slice(row, row + 1)
+            args = (query[one], keys, values, tables[one], starts[:2], kv_lengths[one])
+            assert torch.equal(ops.paged_attention(*args, **options), together[one])
+
+
+@pytest.mark.skipif(Isa.AVX512_DOTS not in ISAS, reason="float32 sums of few rows have another order")
+def test_bits_of_a_prompt_are_the_same_wherever_it_is_cut() -> None:
+    case = replace(CASE, dtype=torch.bfloat16, requests=((1300, 0),), key_dim=64, value_dim=64)
+    (query, keys, values, table, _, _), options = case.build()
+
+    def run(first: int, last: int) -> torch.Tensor:
+        bounds, length = torch.tensor([0, last - first]).int(), torch.tensor([last]).int()
+        tensors = (query[first:last], keys, values, table, bounds, length)
+        return cpu.paged_attention(compiled(Isa.AVX512_DOTS), *tensors, **options)
+
+    whole = run(0, 1300)
+    for cut in (2, 240, 1024, 1298):
+        assert torch.equal(torch.cat([run(0, cut), run(cut, 1300)]), whole)
 
 
 def test_reference_is_causal_attention_when_pages_lie_in_order() -> None:

@@ -48,4 +48,4 @@ struct Split {
 
 constexpr int64_t KEY_TILE = 64;   // keys whose scores are held at once
 constexpr int64_t ROW_TILE = 192;  // rows that share one turning-around of a key tile
-constexpr int64_t FEW_ROWS = 16;   // up to here keys are read straight from their pages
+constexpr int64_t FEW_ROWS = 16;   // up to here a single token's keys are read straight from their pages

@@ -432,11 +432,17 @@ DUOPOOL_INLINE void write_rows(const AttentionCall& call, const Piece& piece, Su
 #include "paged_attention/attention_dots.h"
 #endif
 
+// One token's rows read keys where they lie, if they are few. The tokens of a chunk all go the other way, however short the
+// chunk is: a prompt's bits are the same wherever it is cut.
+DUOPOOL_INLINE bool is_in_place(const AttentionCall& call, const Piece& piece) {
+    return piece.num_rows <= FEW_ROWS && call.query_starts[piece.request + 1] - call.query_starts[piece.request] == 1;
+}
+
 template <class T>
 DUOPOOL_INLINE void attend_rows(T, const AttentionCall& call, const Piece& piece, const Piece* after, Workspace& work,
                                 Sums& sums) {
     stage_query<T>(call, piece, work.query);
-    if (piece.num_rows <= FEW_ROWS)
+    if (is_in_place(call, piece))
         attend_in_place<T, Expanded<T>>(call, piece, after, work, sums);
     else
         attend_staged<T>(call, piece, work, sums);
@@ -445,7 +451,7 @@ DUOPOOL_INLINE void attend_rows(T, const AttentionCall& call, const Piece& piece
 DUOPOOL_INLINE void attend_rows(Bfloat16, const AttentionCall& call, const Piece& piece, const Piece* after,
                                 Workspace& work, Sums& sums) {
     stage_query_pairs(call, piece, (Bfloat16*)work.query);
-    if (piece.num_rows <= FEW_ROWS)
+    if (is_in_place(call, piece))
         attend_in_place<Bfloat16, Dots>(call, piece, after, work, sums);
     else
         attend_staged_dots(call, piece, work, sums);

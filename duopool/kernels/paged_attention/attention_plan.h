@@ -9,8 +9,9 @@
 
 // Below this many (row, key) pairs a second thread costs more than it brings.
 constexpr int64_t PAIRS_PER_THREAD = 4096;
-// A split over keys is not made finer than this: each part pays for its own sums and their merging.
-constexpr int64_t KEYS_PER_PART = 128;
+// Sums over keys begin anew at every multiple of this, and are merged at the end: parts that threads can share out, at places
+// that depend on nothing but a row's own position. So its bits are the same in any batch and on any number of threads.
+constexpr int64_t KEYS_PER_PART = 1024;
 
 enum Status : int32_t { DONE = 0, BAD_STARTS = 1, BAD_LENGTH = 2, BAD_BLOCK = 3 };
 
@@ -72,22 +73,22 @@ inline void cut_rows(const AttentionCall& call, Plan& plan) {
     }
 }
 
-// Split the keys of pieces that alone would keep one thread busy after the others are done.
-inline void cut_keys(int64_t num_threads, int64_t floats_per_row, Plan& plan) {
-    const int64_t fair = plan.cost / (4 * num_threads) + 1;
+// Pieces of many keys into parts.
+inline void cut_keys(int64_t floats_per_row, Plan& plan) {
     const int64_t num_whole = plan.pieces.size();
     for (int64_t i = 0; i < num_whole; ++i) {
         const Piece piece = plan.pieces[i];
-        const int64_t keys = piece.last_key - piece.first_key;
-        const int64_t parts = std::min(piece.cost / fair, keys / KEYS_PER_PART);
+        const int64_t first_part = piece.first_key / KEYS_PER_PART;
+        const int64_t parts = (piece.last_key - 1) / KEYS_PER_PART + 1 - first_part;
         if (parts < 2) continue;
         const int64_t size = piece.num_rows * floats_per_row;
         plan.splits.push_back({piece, plan.partial_floats, parts});
         for (int64_t part = 0; part < parts; ++part) {
             Piece some = piece;
-            some.first_key = piece.first_key + keys * part / parts;
-            some.last_key = piece.first_key + keys * (part + 1) / parts;
-            some.cost = piece.cost / parts;
+            const int64_t start = (first_part + part) * KEYS_PER_PART;
+            some.first_key = (int32_t)std::max<int64_t>(piece.first_key, start);
+            some.last_key = (int32_t)std::min<int64_t>(piece.last_key, start + KEYS_PER_PART);
+            some.cost = piece.num_rows * (some.last_key - some.first_key);
             some.partial = plan.partial_floats + part * size;
             if (part == 0)
                 plan.pieces[i] = some;
@@ -104,11 +105,10 @@ inline int64_t cut_pieces(const AttentionCall& call, int64_t floats_per_row, Pla
     plan.splits.clear();
     plan.partial_floats = plan.cost = 0;
     cut_rows(call, plan);
+    cut_keys(floats_per_row, plan);
     const int64_t num_threads = std::clamp<int64_t>(plan.cost / PAIRS_PER_THREAD, 1, call.num_threads);
-    if (num_threads > 1) {
-        cut_keys(num_threads, floats_per_row, plan);
+    if (num_threads > 1)
         std::stable_sort(plan.pieces.begin(), plan.pieces.end(),
                          [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
-    }
     return num_threads;
 }
