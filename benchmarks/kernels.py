@@ -28,6 +28,8 @@ from duopool.kernels.cpu_library import library
 
 HEADS, KV_HEADS, DIM, BLOCK = 9, 3, 64, 16
 VOCABULARY = 49152
+IN_A_ROW = 5
+"""Calls of a side before the other's turn: the first one meets what the other has yet to write back."""
 
 
 def compare(
@@ -38,11 +40,12 @@ def compare(
     started = time.perf_counter()
     ours()
     theirs()
-    while len(times[0]) < 5 or (time.perf_counter() - started < 1.0 and len(times[0]) < 200):
+    while len(times[0]) < IN_A_ROW or (time.perf_counter() - started < 1.0 and len(times[0]) < 200):
         for side, call in ((0, ours), (1, theirs)):
-            before = time.perf_counter()
-            call()
-            times[side].append(time.perf_counter() - before)
+            for _ in range(IN_A_ROW):
+                before = time.perf_counter()
+                call()
+                times[side].append(time.perf_counter() - before)
     mine, other = statistics.median(times[0]), statistics.median(times[1])
     print(
         f"{name:<42}{mine * 1e6:>10.0f} us{flops / mine / 1e9:>8.1f} GFLOP/s{num_bytes / mine / 1e9:>7.1f} GB/s"
@@ -53,7 +56,7 @@ def compare(
 
 def bench_bandwidth() -> None:
     """The largest number of a gigabyte in a row: what memory gives who reads it in order."""
-    numbers = torch.ones(1 << 28, dtype=torch.int32)
+    numbers = torch.randint(1 << 30, (1 << 28,), dtype=torch.int32)
     times = []
     for _ in range(9):
         before = time.perf_counter()
