@@ -127,7 +127,7 @@ def test_draws_over_seeds_follow_the_softmax() -> None:
 @pytest.mark.parametrize("top_p", [1.0, 0.97])
 def test_the_best_of_many_is_found_without_giving_all_of_them_noise(spread: float, top_p: float) -> None:
     """Among flat and peaked rows, over more tokens than are ever listed."""
-    vocab, rows = 3 * MOST_LISTED, 64
+    vocab, rows = 3 * MOST_LISTED, 64 if top_p == 1 else 6
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(5)) * spread
     logits[:, ::3] = -math.inf
     specs = [spec_of(seed=row, output=[0] * row, temperature=0.7, top_p=top_p) for row in range(rows)]

@@ -46,7 +46,7 @@ def test_a_heartbeat_that_asks_costs_nothing_where_nothing_is_wrong() -> None:
     assert_nothing_is_wrong(search(World(setting)))
 
 
-@pytest.mark.parametrize("fault", ["delay", "double", "break"])
+@pytest.mark.parametrize("fault", ["delay", "double", pytest.param("break", marks=pytest.mark.slow)])
 def test_a_heartbeat_that_asks_does_no_harm_beside_a_fault(fault: str) -> None:
     setting = Setting(num_prefill=1, num_decode=1, num_faults=2, cancels=False, faults=frozenset({"ask", fault}))
     assert_nothing_is_wrong(search(World(setting)))
