@@ -33,19 +33,15 @@ MAX_INTERNAL_MESSAGE_BYTES = 256 << 20
 """What a worker may say at once: a page, or all that it has cached."""
 MAX_COMMANDS_BYTES = 16 << 20
 """What a worker takes at once: reading it holds the process up. Prompts of three million tokens fit."""
-INTERNAL_CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_INTERNAL_MESSAGE_BYTES),
+_BOTH_ENDS = (
     ("grpc.max_send_message_length", MAX_INTERNAL_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
+INTERNAL_CHANNEL_OPTIONS = (("grpc.max_receive_message_length", MAX_INTERNAL_MESSAGE_BYTES), *_BOTH_ENDS)
 REFUSE_AT_ONCE = ("grpc.http.tarpit", 0)
 """Option of every server. By default gRPC keeps who sends too large a message waiting for 0.1 to 1 s."""
-INTERNAL_SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_COMMANDS_BYTES),
-    REFUSE_AT_ONCE,
-    *INTERNAL_CHANNEL_OPTIONS[1:],
-)
+INTERNAL_SERVER_OPTIONS = (("grpc.max_receive_message_length", MAX_COMMANDS_BYTES), REFUSE_AT_ONCE, *_BOTH_ENDS)
 """A larger message is refused with RESOURCE_EXHAUSTED, unread."""
 
 T = TypeVar("T")
