@@ -54,15 +54,20 @@ def compare(
     )
 
 
+def median_s(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Of nine calls, by this clock."""
+    times = []
+    for _ in range(9):
+        before = clock()
+        call()
+        times.append(clock() - before)
+    return statistics.median(times)
+
+
 def bench_bandwidth() -> None:
     """The largest number of a gigabyte in a row: what memory gives who reads it in order."""
     numbers = torch.randint(1 << 30, (1 << 28,), dtype=torch.int32)
-    times = []
-    for _ in range(9):
-        before = time.perf_counter()
-        numbers.max()
-        times.append(time.perf_counter() - before)
-    print(f"{'reading in order':<42}{numbers.nbytes / statistics.median(times) / 1e9:>39.1f} GB/s")
+    print(f"{'reading in order':<42}{numbers.nbytes / median_s(numbers.max, time.perf_counter) / 1e9:>39.1f} GB/s")
 
 
 def bench_sampling() -> None:
@@ -80,12 +85,7 @@ def bench_sampling() -> None:
         medians = []
         for rows in (1, 8, 32):
             specs = [SampleSpec(params=params, prompt_token_ids=[1], output_token_ids=[2] * row) for row in range(rows)]
-            times = []
-            for _ in range(9):
-                before = time.thread_time()
-                sample(logits[:rows], specs)
-                times.append(time.thread_time() - before)
-            medians.append(statistics.median(times) * 1e3)
+            medians.append(median_s(partial(sample, logits[:rows], specs), time.thread_time) * 1e3)
         print(f"sampling {name:<33}{'   '.join(f'{each:.2f}' for each in medians)} ms")
 
 

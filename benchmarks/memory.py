@@ -9,7 +9,6 @@ RSS counts every page that a process maps; PSS divides a shared one by those who
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import psutil
@@ -26,10 +25,10 @@ ALLOWED_MB = 500
 BYTES = 2  # of a bf16 number
 
 
-def store_mb(folder: Path, cache: CacheConfig) -> float:
+def store_mb(folder: Path, num_tokens: int) -> float:
     shape = AutoConfig.from_pretrained(folder)
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * BYTES
-    return (cache.num_blocks or 0) * cache.block_size * per_token / 1e6
+    return num_tokens * per_token / 1e6
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
     cache = CacheConfig(num_blocks=arguments.num_blocks)
     folder = resolve_model(arguments.model).folder
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
-    store = store_mb(folder, cache)
+    store = store_mb(folder, arguments.num_blocks * cache.block_size)
     limit = weights + store + ALLOWED_MB
     print(f"weights {weights:.0f} MB, KV store {store:.0f} MB: a worker may take {limit:.0f} MB")
     model = ModelConfig(model=arguments.model, dtype="bfloat16")
@@ -50,7 +49,7 @@ def main() -> None:
             for _ in client.generate(token_ids=prompt, max_tokens=16, temperature=0.8, top_p=0.9):
                 pass
         for role in ROLES:
-            for process in psutil.Process(os.getpid()).children(recursive=True):
+            for process in psutil.Process().children(recursive=True):
                 if f"duopool.{role}.process" not in " ".join(process.cmdline()):
                     continue
                 memory = process.memory_full_info()
