@@ -4,46 +4,52 @@
 
 Goodput counts requests that finish before their deadline. Capacity is looked for at several offered loads; the best
 goodput of them is the peak. Arrivals are Poisson and never wait for answers. Refusals must be RESOURCE_EXHAUSTED with
-RetryInfo. Exit code 1 if goodput under overload is below 90 % of the peak.
+RetryInfo. The client is a process of its own, and says how late it was itself, and what share of the cores it and each
+process of the system took. Exit code 1 if goodput under overload is below 90 % of the peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 import grpc
+import psutil
 from own_system import add_options, own_system
 
 from duopool.cluster.admin_access import admin_stub
 from duopool.proto import inference_pb2 as pb
-from duopool.proto import inference_pb2_grpc
 from duopool.proto.status import read_status
 
 LEAST_SHARE = 0.9
 SETTLE_S = 8.0
-SEARCHED = (0.7, 1.0, 1.4)
+SEARCHED = (1.0, 1.2, 1.4)
 """Offered loads, against a first guess of the capacity, among which the peak is looked for."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of the requests of one load."""
+    """What became of the requests of one load. Moments are in seconds from its beginning."""
 
     num_offered: int = 0
     good_at: list[float] = field(default_factory=list)
-    """When requests finished in time, in seconds from the beginning."""
+    """When requests finished in time."""
     ends: Counter[str] = field(default_factory=Counter)
-    refusals_s: list[float] = field(default_factory=list)
-    """From sending a request to its refusal."""
+    refusals: list[tuple[float, float]] = field(default_factory=list)
+    """When each was sent, and seconds until it was refused."""
     num_without_retry_info: int = 0
+    late_s: list[float] = field(default_factory=list)
+    """How much later than its arrival the client sent each request."""
+    busy_s: dict[str, float] = field(default_factory=dict)
+    """Processor time of each process until the last arrival."""
     began_at: float = field(default_factory=time.monotonic)
     took_s: float = 0.0
     """Until the last arrival."""
@@ -54,20 +60,56 @@ class Outcome:
         return sum(SETTLE_S <= at <= self.took_s for at in self.good_at) / (self.took_s - SETTLE_S)
 
     def __str__(self) -> str:
-        refused = ""
-        if self.refusals_s:
-            place = max(0, -(-99 * len(self.refusals_s) // 100) - 1)
-            p50, p99 = statistics.median(self.refusals_s), sorted(self.refusals_s)[place]
-            refused = f", refused after p50 {p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms"
-        offered = self.num_offered / self.took_s
-        return f"offered {offered:.1f}/s, goodput {self.goodput:.2f}/s, {dict(self.ends)}{refused}"
+        lines = [
+            f"offered {self.num_offered / self.took_s:.1f}/s, goodput {self.goodput:.2f}/s, {dict(self.ends)}",
+            "cores: " + ", ".join(f"{name} {busy_s / self.took_s:.2f}" for name, busy_s in self.busy_s.items()),
+        ]
+        if self.late_s:
+            lines.append(f"the client sent late by {spread(self.late_s)}")
+        if self.refusals:
+            lines.append(f"refused after {spread([took_s for _, took_s in self.refusals])}")
+        return "\n    ".join(lines)
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """Median, 99th percentile and longest, in milliseconds."""
+    ordered = sorted(seconds)
+    p50, p99 = (ordered[max(0, -(-share * len(ordered) // 100) - 1)] for share in (50, 99))
+    return f"p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, at most {ordered[-1] * 1e3:.0f} ms"
+
+
+class Processes:
+    """The system's, and this one, as the operating system sees them."""
+
+    def __init__(self, admin: Any) -> None:
+        audited = admin.Audit(pb.AuditRequest(), timeout=20).processes
+        self._processes = {"client": psutil.Process()} | {one.name: psutil.Process(one.pid) for one in audited}
+        self.highest: dict[str, int] = {}
+        """MiB of resident memory."""
+
+    def busy_s(self) -> dict[str, float]:
+        """Processor time so far."""
+        return {name: sum(process.cpu_times()[:2]) for name, process in self._processes.items()}
+
+    def resident(self) -> dict[str, int]:
+        """MiB of the system's processes."""
+        return {name: one.memory_info().rss >> 20 for name, one in self._processes.items() if name != "client"}
+
+    async def watch(self) -> None:
+        while True:
+            for name, size in self.resident().items():
+                self.highest[name] = max(size, self.highest.get(name, 0))
+            await asyncio.sleep(1.0)
 
 
 class Client:
     """Sends the same kind of request again and again."""
 
-    def __init__(self, stub: Any, arguments: argparse.Namespace) -> None:
-        self._stub = stub
+    def __init__(self, channel: grpc.aio.Channel, processes: Processes, arguments: argparse.Namespace) -> None:
+        self._generate = channel.unary_stream(
+            "/duopool.v1.Inference/Generate", response_deserializer=pb.GenerateResponse.FromString
+        )
+        self._processes = processes
         self._arguments = arguments
         self._random = Random(arguments.seed)
 
@@ -77,7 +119,7 @@ class Client:
 
         async def stream() -> None:
             while time.monotonic() - outcome.began_at < seconds:
-                await self._one(outcome, timeout_s=120.0)
+                await self._one(outcome, self._request(), timeout_s=120.0)
 
         await asyncio.gather(*(stream() for _ in range(num_streams)))
         outcome.took_s = time.monotonic() - outcome.began_at
@@ -85,63 +127,47 @@ class Client:
 
     async def open_loop(self, rate: float, seconds: float) -> Outcome:
         """Requests at `rate` per second, whatever becomes of them."""
-        outcome, due_s = Outcome(), 0.0
-        tasks = set()
-        while due_s < seconds:
+        arrivals = [self._random.expovariate(rate)]
+        while arrivals[-1] < seconds:
+            arrivals.append(arrivals[-1] + self._random.expovariate(rate))
+        requests = [self._request() for _ in arrivals]
+        before, outcome = self._processes.busy_s(), Outcome()
+        tasks = []
+        for due_s, request in zip(arrivals, requests, strict=True):
             await asyncio.sleep(max(0.0, outcome.began_at + due_s - time.monotonic()))
-            tasks.add(asyncio.create_task(self._one(outcome, timeout_s=self._arguments.deadline_s)))
-            due_s += self._random.expovariate(rate)
+            outcome.late_s.append(time.monotonic() - outcome.began_at - due_s)
+            tasks.append(asyncio.create_task(self._one(outcome, request, timeout_s=self._arguments.deadline_s)))
         outcome.took_s = time.monotonic() - outcome.began_at
+        outcome.busy_s = {name: busy_s - before[name] for name, busy_s in self._processes.busy_s().items()}
         await asyncio.gather(*tasks)
         return outcome
 
-    async def _one(self, outcome: Outcome, *, timeout_s: float) -> None:
+    async def _one(self, outcome: Outcome, request: bytes, *, timeout_s: float) -> None:
         outcome.num_offered += 1
         sent_at = time.monotonic()
         is_accepted = False
         try:
-            async for response in self._stub.Generate(self._request(), timeout=timeout_s):
+            async for response in self._generate(request, timeout=timeout_s):
                 is_accepted = True
                 if response.HasField("finished"):
                     outcome.good_at.append(time.monotonic() - outcome.began_at)
                     outcome.ends["finished"] += 1
         except grpc.RpcError as error:
-            status = read_status(error)
-            is_refusal = status.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            outcome.ends[
-                "refused" if is_refusal else f"{status.code.name} {'begun' if is_accepted else 'waiting'}"
-            ] += 1
-            if is_refusal:
-                outcome.refusals_s.append(time.monotonic() - sent_at)
-                outcome.num_without_retry_info += status.retry_after_s is None
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                outcome.ends["refused"] += 1
+                outcome.refusals.append((sent_at - outcome.began_at, time.monotonic() - sent_at))
+                outcome.num_without_retry_info += read_status(error).retry_after_s is None
+            else:
+                outcome.ends[f"{error.code().name} {'begun' if is_accepted else 'waiting'}"] += 1
 
-    def _request(self) -> pb.GenerateRequest:
+    def _request(self) -> bytes:
+        """On the wire already: what making it costs is not to be taken from the system while it is measured."""
         prompt = [self._random.randrange(3, 1000) for _ in range(self._arguments.prompt_tokens)]
         sampling = pb.SamplingParams(max_tokens=self._arguments.output_tokens, temperature=0, ignore_eos=True)
-        return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
+        return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling).SerializeToString()
 
 
-class Memory:
-    """Highest resident memory of each process, asked for again and again."""
-
-    def __init__(self, admin: Any) -> None:
-        self.highest: dict[str, int] = {}
-        self._admin = admin
-
-    async def now(self) -> dict[str, int]:
-        """MiB of each process."""
-        audited = await asyncio.to_thread(self._admin.Audit, pb.AuditRequest(), timeout=20)
-        return {process.name: process.resident_bytes >> 20 for process in audited.processes}
-
-    async def watch(self) -> None:
-        while True:
-            for name, size in (await self.now()).items():
-                self.highest[name] = max(size, self.highest.get(name, 0))
-            await asyncio.sleep(1.0)
-
-
-async def run(stub: Any, admin: Any, arguments: argparse.Namespace) -> bool:
-    client, memory = Client(stub, arguments), Memory(admin)
+async def run(client: Client, processes: Processes, arguments: argparse.Namespace) -> bool:
     await client.closed_loop(8, 3.0)
     guess = (await client.closed_loop(arguments.streams, arguments.search_s)).goodput
     print(f"{arguments.streams} streams, each request after the other: {guess:.2f}/s", flush=True)
@@ -150,12 +176,12 @@ async def run(stub: Any, admin: Any, arguments: argparse.Namespace) -> bool:
         outcomes.append(await client.open_loop(share * guess, arguments.search_s))
         print(outcomes[-1], flush=True)
     peak = max(outcome.goodput for outcome in outcomes)
-    before = await memory.now()
-    watch = asyncio.create_task(memory.watch())
+    before = processes.resident()
+    watch = asyncio.create_task(processes.watch())
     over = await client.open_loop(arguments.times * peak, arguments.seconds)
     watch.cancel()
     print(over)
-    print(f"MiB before {before}, highest {memory.highest}")
+    print(f"MiB before {before}, highest {processes.highest}")
     share = over.goodput / peak
     print(f"goodput at {arguments.times:.0f} times the peak load: {share:.0%} of the peak of {peak:.2f}/s")
     print(f"refusals without RetryInfo: {over.num_without_retry_info}")
@@ -164,8 +190,9 @@ async def run(stub: Any, admin: Any, arguments: argparse.Namespace) -> bool:
 
 async def main_async(address: str, arguments: argparse.Namespace) -> bool:
     with admin_stub(address) as admin:
+        processes = Processes(admin)
         async with grpc.aio.insecure_channel(address) as channel:
-            return await run(inference_pb2_grpc.InferenceStub(channel), admin, arguments)  # type: ignore[no-untyped-call]
+            return await run(Client(channel, processes, arguments), processes, arguments)
 
 
 def main() -> int:
@@ -181,8 +208,10 @@ def main() -> int:
     add_options(parser, model="smollm2")
     parser.set_defaults(max_num_seqs=32)
     arguments = parser.parse_args()
+    if arguments.address is not None:
+        return 0 if asyncio.run(main_async(arguments.address, arguments)) else 1
     with own_system(arguments) as address:
-        return 0 if asyncio.run(main_async(address, arguments)) else 1
+        return subprocess.run([sys.executable, __file__, *sys.argv[1:], "--address", address], check=False).returncode
 
 
 if __name__ == "__main__":

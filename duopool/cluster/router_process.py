@@ -68,8 +68,10 @@ class RouterProcess:
             stderr=subprocess.PIPE,
             text=True,
             env=_environment(),
-            # Ctrl-C reaches the whole foreground group; the router ends when it is told to, after its requests.
-            start_new_session=True,
+            # Ctrl-C reaches the whole foreground group; the router ends when it is told to, after its requests. It
+            # stays in this session: Linux shares cores out by sessions (autogroup) before it looks at processes, and
+            # a session that sleeps as often as a router's has waited half a second for its turn beside busy workers.
+            process_group=0,
         )
         self._last_lines = []
         threading.Thread(target=self._forward_errors, args=(self._child,), name="router-stderr", daemon=True).start()
