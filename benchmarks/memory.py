@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import psutil
 from transformers import AutoConfig
@@ -29,6 +30,11 @@ def store_mb(folder: Path, num_tokens: int) -> float:
     shape = AutoConfig.from_pretrained(folder)
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * BYTES
     return num_tokens * per_token / 1e6
+
+
+def is_foreign(mapping: Any) -> bool:
+    """Whether this is another worker's KV store."""
+    return "memfd:duopool" in mapping.path and "w" not in mapping.perms
 
 
 def main() -> None:
@@ -53,7 +59,9 @@ def main() -> None:
                 if f"duopool.{role}.process" not in " ".join(process.cmdline()):
                     continue
                 memory = process.memory_full_info()
-                rss, pss = memory.rss / 1e6, memory.pss / 1e6
+                # What a worker has mapped of another's pages, to copy them, is the other's.
+                foreign = sum(one.rss for one in process.memory_maps(grouped=False) if is_foreign(one))
+                rss, pss = (memory.rss - foreign) / 1e6, memory.pss / 1e6
                 # The nursery keeps the checked model and forks the worker, which has the store.
                 is_worker = rss > store
                 verdict = f", {rss / limit:.2f} x of what it may" if is_worker else ""

@@ -119,10 +119,10 @@ def check_port(name: str, port: int, *, is_free: Callable[[int], bool]) -> Findi
 def check_transport(asked: str, available: tuple[str, ...]) -> Finding:
     detail = f"available: {', '.join(available)}"
     if asked not in ("auto", *available):
-        mend = "pip install nixl-cu12, or serve with --transport grpc"
+        mend = "pip install nixl-cu12, or serve with --transport auto"
         return Finding(what="transport", grade=Grade.BROKEN, detail=f"{asked} was asked for; {detail}", mend=mend)
     if "nixl" not in available:
-        mend = "pip install nixl-cu12 (Linux on x86-64); blocks travel over gRPC until then"
+        mend = "pip install nixl-cu12 (Linux on x86-64); blocks travel between hosts over gRPC until then"
         return Finding(what="transport", grade=Grade.NOTE, detail=detail, mend=mend)
     return Finding(what="transport", grade=Grade.OK, detail=detail)
 

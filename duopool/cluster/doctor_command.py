@@ -15,7 +15,7 @@ _MARKS = {Grade.OK: "[green]ok[/green]    ", Grade.NOTE: "[yellow]note[/yellow] 
 
 def doctor(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port that the router would take.")] = 50051,
-    transport: Annotated[str, typer.Option(help="auto, nixl or grpc, as for 'duopool serve'.")] = "auto",
+    transport: Annotated[str, typer.Option(help="auto, shared_memory, nixl or grpc, as for 'duopool serve'.")] = "auto",
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster that would be joined.")] = None,
 ) -> None:
     """Look at versions, ports, NIXL, Ray and its token, memory and clock, and say how to mend what is wrong.

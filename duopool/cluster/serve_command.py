@@ -46,6 +46,7 @@ class TransportChoice(StrEnum):
     """How KV blocks travel."""
 
     auto = "auto"
+    shared_memory = "shared_memory"
     nixl = "nixl"
     grpc = "grpc"
 
@@ -126,7 +127,10 @@ def serve(
         typer.Option(help="A request that would wait longer than these seconds before it decodes is refused at once."),
     ] = RouterConfig().max_wait_s,
     transport: Annotated[
-        TransportChoice, typer.Option(help="How KV blocks travel; auto takes nixl where it imports.")
+        TransportChoice,
+        typer.Option(
+            help="How KV blocks travel; auto: shared_memory on one host, else nixl where it imports, else grpc."
+        ),
     ] = TransportChoice.auto,
     num_threads: Annotated[
         int | None, typer.Option(min=1, help="Compute threads per worker; all cores if not given.")

@@ -10,7 +10,7 @@ from duopool.core.types import Role
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
 QuantizationName = Literal["int8", "int4"]
-TransportName = Literal["auto", "nixl", "grpc"]
+TransportName = Literal["auto", "shared_memory", "nixl", "grpc"]
 
 
 MAX_POOL_SIZE = 256
@@ -67,7 +67,8 @@ class HandoffConfig(_Config):
     """Timers and transport of the handoff; see docs/architecture.md."""
 
     transport: TransportName = "auto"
-    """`nixl` where it imports, else `grpc`."""
+    """How pages travel. `auto`: between processes of one host by `shared_memory`, else by `nixl` where it imports, else
+    by `grpc`. What cannot be read the way that is asked for is read over gRPC."""
     heartbeat_s: float = Field(default=0.5, gt=0)
     lease_ttl_s: float = Field(default=5.0, gt=0)
     orphan_ttl_s: float = Field(default=1.7, gt=0)

@@ -398,6 +398,16 @@ class DescribeSource(msgspec.Struct, frozen=True, kw_only=True):
     transport: str
 
 
+class SharedMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Where another process of the same host finds memory: an open file of its owner's."""
+
+    pid: int
+    file: int
+    """The file's number at its owner."""
+    name: str
+    """Random, made with the memory: a file of this name is that memory."""
+
+
 class SourceDescription(msgspec.Struct, frozen=True, kw_only=True):
     """How P's pages can be read."""
 
@@ -408,6 +418,8 @@ class SourceDescription(msgspec.Struct, frozen=True, kw_only=True):
     base_address: int = 0
     agent_metadata: bytes = b""
     """NIXL's own description of the agent; empty for other transports."""
+    memory: SharedMemory | None = None
+    """What the pages are the beginning of, for processes of the same host that ask for it."""
 
 
 class ReadBlocks(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from duopool.core.messages import SharedMemory
+from duopool.engine import shared_memory
 from duopool.engine.kv_layout import KVLayout
 
 
@@ -22,7 +24,9 @@ class KVStore:
             raise ValueError(f"a KV store needs at least one block, got {num_blocks}")
         self.layout = layout
         self.num_blocks = num_blocks
-        self.pages: Tensor = torch.zeros(num_blocks, layout.page_elements, dtype=layout.dtype, device=device)
+        self.shared_memory: SharedMemory | None = None
+        """Where other processes of this host find page 0; None on a device, and where there is no such memory."""
+        self.pages: Tensor = self._allocate(torch.device(device))
         """[num_blocks, page_elements]"""
         self.layers = tuple(self._views())
         """Per layer strided views: keys [N, G, S, D] and values [N, G, S, E]."""
@@ -53,6 +57,15 @@ class KVStore:
     def base_address(self) -> int:
         """Address of page 0; page b begins `b * page_bytes` behind it."""
         return self.pages.data_ptr()
+
+    def _allocate(self, device: torch.device) -> Tensor:
+        """Zeroed pages, in memory that others may map where that can be had."""
+        shape, dtype = (self.num_blocks, self.layout.page_elements), self.layout.dtype
+        shared = shared_memory.allocate(self.num_blocks * self.page_bytes) if device.type == "cpu" else None
+        if shared is None:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        memory, self.shared_memory = shared
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
 
     def _views(self) -> list[tuple[Tensor, Tensor]]:
         size = self.layout.block_size

@@ -39,6 +39,7 @@ class CpuLibrary:
     isa: Isa
     has_crc32: bool
     has_sampling: bool
+    has_copy_pages: bool
     """A library that was built before there were these has all the rest."""
     torch_has_bfloat16_tiles: bool
     """The processor has matrix tiles for bfloat16 (AMX), and torch makes use of them."""
@@ -103,6 +104,9 @@ def _declare(calls: ctypes.CDLL) -> None:
     if hasattr(calls, "duopool_crc32"):
         calls.duopool_crc32.argtypes = [pointer, number]
         calls.duopool_crc32.restype = ctypes.c_uint32
+    if hasattr(calls, "duopool_copy_pages"):
+        calls.duopool_copy_pages.argtypes = [pointer, pointer, number, pointer, pointer, number, pointer]
+        calls.duopool_copy_pages.restype = None
 
 
 @functools.cache
@@ -128,6 +132,7 @@ def library() -> CpuLibrary | None:
         isa=isa,
         has_crc32=hasattr(calls, "duopool_crc32"),
         has_sampling=hasattr(calls, "duopool_contenders"),
+        has_copy_pages=hasattr(calls, "duopool_copy_pages"),
         torch_has_bfloat16_tiles=bool(calls.duopool_has_bfloat16_tiles()),
     )
 

@@ -22,6 +22,7 @@ from duopool.kernels.copy_blocks import cpu as copy_blocks_cpu
 from duopool.kernels.copy_blocks import reference as copy_blocks_reference
 from duopool.kernels.cpu_library import CpuLibrary, library
 from duopool.kernels.crc32 import cpu as crc32_cpu
+from duopool.kernels.crc32 import reference as crc32_reference
 from duopool.kernels.decoder_stack import cpu as stack_cpu
 from duopool.kernels.decoder_stack.cpu import PackedStack
 from duopool.kernels.decoder_stack.weights import StackWeights
@@ -40,6 +41,8 @@ __all__ = [
     "best_tokens",
     "contenders",
     "copy_blocks",
+    "copy_pages",
+    "crc32",
     "decoder_stack",
     "linear",
     "linear_is_worthwhile",
@@ -349,3 +352,16 @@ def crc32(data: bytes | memoryview) -> int:
     """CRC-32 of contiguous bytes: `zlib.crc32(data)`, ten times as fast where the processor multiplies polynomials."""
     cpu = library()
     return zlib.crc32(data) if cpu is None or not cpu.has_crc32 else crc32_cpu.crc32(cpu, data)
+
+
+def copy_pages(
+    source_address: int, sources: Sequence[int], target_address: int, targets: Sequence[int], *, page_bytes: int
+) -> list[int]:
+    """Copy page `sources[i]` of one memory over page `targets[i]` of another; the CRC-32 of each as it was written.
+
+    A memory is pages of `page_bytes` side by side from its address, in this process; the two do not overlap. Nothing is
+    checked: the caller knows that the pages are there, and that they stay. Python's lock is free meanwhile.
+    """
+    cpu = library()
+    copy = crc32_reference.copy_pages if cpu is None or not cpu.has_copy_pages else partial(crc32_cpu.copy_pages, cpu)
+    return copy(source_address, sources, target_address, targets, page_bytes=page_bytes)

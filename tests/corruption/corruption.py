@@ -23,7 +23,16 @@ from types import SimpleNamespace
 
 sys.path += [str(Path(__file__).parents[1] / "workers")]
 
-from damage import ByteStore, Damage, ReadKey, SabotagedClient, Saboteur, WatchedReader, sabotaged_agent
+from damage import (
+    ByteStore,
+    Damage,
+    ReadKey,
+    SabotagedClient,
+    Saboteur,
+    WatchedReader,
+    sabotaged_agent,
+    sabotaged_copy,
+)
 from grpc import aio
 from worker_fakes import BLOCK_SIZE, EOS, ROUTER, FakeRunner, expected_stream, worker_config
 
@@ -144,7 +153,13 @@ class Bed:
                 make_agent=sabotaged_agent(self.saboteur, reads),
             )
         else:
-            reader = GrpcReader(decode_pages, client=SabotagedClient(self.saboteur))
+            client = SabotagedClient(self.saboteur)
+            reader = GrpcReader(decode_pages, client=client)
+            if transport == "shared_memory":
+                from duopool.engine.transfer.shared_memory_reader import SharedMemoryReader
+
+                copy_pages = sabotaged_copy(self.saboteur, reads)
+                reader = SharedMemoryReader(decode_pages, client=client, others=reader, copy_pages=copy_pages)
         self.reader = WatchedReader(reader, self.saboteur, reads, last_hit_attempt=2)
         model = ServedModel(vocab_size=1 << 30, max_model_len=10_000, eos_token_ids=frozenset({EOS}))
         lease_ids = count(1)

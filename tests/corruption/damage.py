@@ -1,11 +1,13 @@
 """What may happen to a page between two workers, and where it is made to happen.
 
-Over gRPC the bytes are damaged as they come from the wire; over NIXL, where nobody is between the two memories, when
-they have arrived in D's page and D has not looked at it yet. So it is known of every read what must be detected.
+Over gRPC the bytes are damaged as they come from the wire; from shared memory as they are loaded from P's page; over
+NIXL, where nobody is between the two memories, when they have arrived in D's page and D has not looked at it yet. So it
+is known of every read what must be detected.
 """
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 from collections import Counter
@@ -17,11 +19,13 @@ import numpy as np
 
 from duopool.core.messages import LeaseRef, ReadBlocks, SealedBlock, Verdict
 from duopool.core.types import BlockId
+from duopool.engine import shared_memory
 from duopool.engine.transfer.digest import page_digest
 from duopool.engine.transfer.nixl_agent import NixlAgent, NixlPeer
 from duopool.engine.transfer.page_store import PageStore
 from duopool.engine.transfer.source_client import SourceClient
 from duopool.engine.transfer.transport import BlockReader, ReadOutcome
+from duopool.kernels import ops
 
 
 class Damage(StrEnum):
@@ -181,6 +185,28 @@ def sabotaged_agent(saboteur: Saboteur, reads: dict[tuple[BlockId, ...], ReadKey
     return SabotagedAgent
 
 
+def sabotaged_copy(saboteur: Saboteur, reads: dict[tuple[BlockId, ...], ReadKey]) -> Callable[..., list[int]]:
+    """`ops.copy_pages` from memory that is damaged; `reads` says by its targets which one a call belongs to."""
+
+    def copy_pages(
+        source_address: int,
+        sources: Sequence[BlockId],
+        target_address: int,
+        targets: Sequence[BlockId],
+        *,
+        page_bytes: int,
+    ) -> list[int]:
+        digests = []
+        for source, target in zip(sources, targets, strict=True):
+            page = ctypes.string_at(source_address + source * page_bytes, page_bytes)
+            before = ctypes.string_at(target_address + target * page_bytes, page_bytes)
+            arrives = np.frombuffer(saboteur.damage(reads[tuple(targets)], source, page, before), dtype=np.uint8)
+            digests += ops.copy_pages(arrives.ctypes.data, [0], target_address, [target], page_bytes=page_bytes)
+        return digests
+
+    return copy_pages
+
+
 class WatchedReader:
     """D's reader, with the saboteur told of every read."""
 
@@ -223,7 +249,10 @@ class ByteStore:
     """Pages of bytes whose first ones are token ids and whose others are noise."""
 
     def __init__(self, num_blocks: int, *, tokens_per_page: int, seed: int, page_bytes: int = 1024) -> None:
-        self._bytes = np.random.default_rng(seed).integers(0, 256, (num_blocks, page_bytes), dtype=np.uint8)
+        allocated = shared_memory.allocate(num_blocks * page_bytes)
+        memory, self.shared_memory = allocated or (bytearray(num_blocks * page_bytes), None)
+        self._bytes = np.frombuffer(memory, dtype=np.uint8).reshape(num_blocks, page_bytes)
+        self._bytes[:] = np.random.default_rng(seed).integers(0, 256, self._bytes.shape, dtype=np.uint8)
         self.pages = self._bytes[:, : 4 * tokens_per_page].view(np.int32)
         self.num_blocks, self.page_bytes, self.digest = num_blocks, page_bytes, "tokens and noise"
 

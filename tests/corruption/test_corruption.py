@@ -15,7 +15,7 @@ def skip_without(transport: str) -> None:
         pytest.skip(f"{transport} is not installed")
 
 
-@pytest.mark.parametrize("transport", ["grpc", "nixl"])
+@pytest.mark.parametrize("transport", ["grpc", "nixl", "shared_memory"])
 def test_no_damage_goes_unseen_or_unmended(transport: str) -> None:
     skip_without(transport)
     result = corrupt(transport, num_faults=150)

@@ -204,7 +204,10 @@ class Cases:
         incarnation = info.incarnation if random.random() < 0.8 else Incarnation(random.choice(EDGES))
         method, message = random.choice(
             (
-                (codec.DESCRIBE_METHOD, DescribeSource(transport=random.choice((*TEXTS, "grpc", "nixl")))),
+                (
+                    codec.DESCRIBE_METHOD,
+                    DescribeSource(transport=random.choice((*TEXTS, "grpc", "nixl", "shared_memory"))),
+                ),
                 (
                     codec.READ_METHOD,
                     ReadBlocks(lease_id=lease_id, incarnation=incarnation, attempt=attempt, blocks=self._blocks()),

@@ -7,6 +7,7 @@ that were sealed; no other page is touched; and an honest source is read afterwa
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,7 +23,7 @@ sys.path += [str(Path(__file__).parents[1] / "transfer")]
 
 from transfer_fakes import FakeStore, start_source
 
-from duopool.core.messages import LeaseRef, SealedBlock, SourceDescription, Verdict
+from duopool.core.messages import LeaseRef, SealedBlock, SharedMemory, SourceDescription, Verdict
 from duopool.core.types import BlockId, Incarnation, LeaseId, WorkerId
 from duopool.engine.transfer.digest import seal
 from duopool.engine.transfer.factory import make_nixl_source, make_reader
@@ -66,8 +67,18 @@ class LyingSource:
             page_bytes=random.choice((self._store.page_bytes, self._store.page_bytes, random.choice(EDGES))),
             base_address=random.choice((self._store.base_address, random.choice(EDGES))),
             agent_metadata=random.choice((self._agent_metadata, self._agent_metadata, b"\x00", random.randbytes(200))),
+            memory=random.choice((self._store.shared_memory, self._store.shared_memory, self._no_memory(), None)),
         )
         return await self._spoilt(context, description)
+
+    def _no_memory(self) -> SharedMemory:
+        """A file of this process that is no pages, or of none at all."""
+        random = self._random
+        return SharedMemory(
+            pid=random.choice((os.getpid(), 1, random.choice(EDGES))),
+            file=random.choice((*range(40), random.choice(EDGES))),
+            name=random.choice(TEXTS),
+        )
 
     async def _validate(self, request: bytes, context: Any) -> bytes:
         return await self._spoilt(context, Verdict(ok=self._random.random() < 0.5, reason=self._random.choice(TEXTS)))

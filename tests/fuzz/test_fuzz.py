@@ -33,7 +33,7 @@ def test_a_worker_that_lies_costs_its_own_requests_at_most(serves: bool) -> None
     assert told.num_lies > 10
 
 
-@pytest.mark.parametrize("transport", ["grpc", "nixl"])
+@pytest.mark.parametrize("transport", ["grpc", "nixl", "shared_memory"])
 def test_a_source_that_lies_costs_its_own_reads_at_most(transport: str) -> None:
     if transport not in available_transports():
         pytest.skip(f"{transport} is not installed")

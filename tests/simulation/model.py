@@ -26,6 +26,7 @@ class Pages:
 
     page_bytes = PAGE_BYTES
     base_address = 0
+    shared_memory = None
     digest = "simulated"
 
     def __init__(self, num_blocks: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from transfer_fakes import FakeStore
 
+from duopool.core.config import TransportName
 from duopool.core.messages import LeaseRef, SealedBlock, Verdict
 from duopool.core.types import BlockId, Incarnation, LeaseId, WorkerId
 from duopool.engine.transfer.digest import seal
@@ -77,14 +78,14 @@ def read(reader: BlockReader, lease: LeaseRef, block_ids: list[int], targets: li
 
 
 def skip_without(transport: str) -> None:
-    if transport not in available_transports():
+    if transport not in ("auto", *available_transports()):
         pytest.skip(f"{transport} is not installed")
 
 
 @pytest.mark.parametrize(
     ("transport", "environment"),
-    [("grpc", {}), ("nixl", {}), ("nixl", {"UCX_TLS": "tcp,self"})],
-    ids=["grpc", "nixl", "nixl with memory out of reach"],
+    [("grpc", {}), ("nixl", {}), ("nixl", {"UCX_TLS": "tcp,self"}), ("shared_memory", {}), ("auto", {})],
+    ids=["grpc", "nixl", "nixl with memory out of reach", "shared memory", "auto"],
 )
 def test_pages_cross_processes_until_the_source_dies(
     start: Callable[..., SourceProcess], transport: str, environment: dict[str, str]
@@ -106,12 +107,13 @@ def test_pages_cross_processes_until_the_source_dies(
         reader.close()
 
 
-def test_a_stopped_source_gives_no_verdict(start: Callable[..., SourceProcess]) -> None:
+@pytest.mark.parametrize("transport", ["nixl", "shared_memory"])
+def test_a_stopped_source_gives_no_verdict(start: Callable[..., SourceProcess], transport: TransportName) -> None:
     """One-sided reads need nothing of the source's process; whether they count does."""
-    skip_without("nixl")
-    source, store = start("nixl"), FakeStore(seed=99)
+    skip_without(transport)
+    source, store = start(transport), FakeStore(seed=99)
     reader = make_reader(
-        "nixl", store, worker_id=WorkerId("decode-0"), incarnation=Incarnation(1), confirm_timeout_s=0.3
+        transport, store, worker_id=WorkerId("decode-0"), incarnation=Incarnation(1), confirm_timeout_s=0.3
     )
     try:
         assert read(reader, source.lease, [5], [1]).error == ""

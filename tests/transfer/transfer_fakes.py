@@ -13,6 +13,7 @@ from grpc import aio
 from duopool.core.handoff import lease as leases
 from duopool.core.messages import LeaseRef, ReadBlocks, SealedBlock, Validate, Verdict
 from duopool.core.types import BlockId, Incarnation, LeaseId, RequestId, WorkerId
+from duopool.engine import shared_memory
 from duopool.engine.transfer.digest import seal
 from duopool.engine.transfer.factory import make_nixl_source
 from duopool.engine.transfer.grpc_source import add_kv_source
@@ -24,12 +25,15 @@ NOW = 100.0
 
 
 class FakeStore:
-    """Pages in a numpy array, filled with noise."""
+    """Pages in a numpy array, filled with noise; other processes may map them."""
 
     def __init__(
         self, *, num_blocks: int = 32, page_bytes: int = 4096 + 64, seed: int = 0, digest: str = "layout"
     ) -> None:
-        self.pages = np.random.default_rng(seed).integers(0, 256, (num_blocks, page_bytes), dtype=np.uint8)
+        allocated = shared_memory.allocate(num_blocks * page_bytes)
+        memory, self.shared_memory = allocated or (bytearray(num_blocks * page_bytes), None)
+        self.pages = np.frombuffer(memory, dtype=np.uint8).reshape(num_blocks, page_bytes)
+        self.pages[:] = np.random.default_rng(seed).integers(0, 256, self.pages.shape, dtype=np.uint8)
         self.num_blocks = num_blocks
         self.page_bytes = page_bytes
         self.digest = digest

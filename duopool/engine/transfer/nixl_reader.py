@@ -26,7 +26,7 @@ from duopool.engine.transfer.digest import find_mismatch
 from duopool.engine.transfer.grpc_reader import GrpcReader
 from duopool.engine.transfer.nixl_agent import NixlAgent, NixlPeer
 from duopool.engine.transfer.page_store import PageStore
-from duopool.engine.transfer.source_client import SourceClient
+from duopool.engine.transfer.source_client import PeerId, SourceClient, misfit
 from duopool.engine.transfer.transport import ReadOutcome
 from duopool.proto.internal_access import InternalAccess
 
@@ -35,11 +35,7 @@ LONGEST_SLEEP_S = 1e-3
 MAX_FAILURES = 2
 """After so many broken reads in a row a peer's pages go over gRPC: its memory may be out of reach for good."""
 
-MAX_SOURCE_BLOCKS = 1 << 22
-"""Room for a descriptor of every one of them is made before a source is read."""
 MAX_ADDRESS = 1 << 63
-
-PeerId = tuple[WorkerId, Incarnation]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -80,6 +76,7 @@ class NixlReader:
         access: InternalAccess | None = None,
         read_timeout_s: float = 5.0,
         confirm_timeout_s: float = 2.0,
+        client: SourceClient | None = None,
         make_agent: Callable[[PageStore, str], NixlAgent] = NixlAgent,
     ) -> None:
         self._store = store
@@ -89,7 +86,7 @@ class NixlReader:
         self._agent: NixlAgent | None = make_agent(store, self._name)
         """None if a fresh agent could not be made: then everything goes over gRPC."""
         self._num_agents = 1
-        self._client = SourceClient(access, confirm_timeout_s=confirm_timeout_s)
+        self._client = client or SourceClient(access, confirm_timeout_s=confirm_timeout_s)
         self._grpc = GrpcReader(store, read_timeout_s=read_timeout_s, client=self._client)
         self._peers: dict[PeerId, _Peer] = {}
         self._in_flight: list[_Read] = []
@@ -200,16 +197,11 @@ class NixlReader:
                 self._begin(read)
 
     def _misfit(self, peer_id: PeerId, description: SourceDescription) -> str:
-        if description.incarnation != peer_id[1]:
-            return f"{peer_id[0]} is incarnation {description.incarnation:016x} now, not {peer_id[1]:016x}"
-        if (description.layout_digest, description.page_bytes) != (self._store.digest, self._store.page_bytes):
-            return f"pages of layout {description.layout_digest}, wanted {self._store.digest}"
         num_blocks, begin = description.num_blocks, description.base_address
-        if not (
-            0 < num_blocks <= MAX_SOURCE_BLOCKS and 0 <= begin <= MAX_ADDRESS - num_blocks * self._store.page_bytes
-        ):
+        fault = misfit(description, peer_id, self._store)
+        if not fault and not 0 <= begin <= MAX_ADDRESS - num_blocks * self._store.page_bytes:
             return f"{num_blocks} pages at {begin:#x} cannot be"
-        return ""
+        return fault
 
     def _begin_with(self, peer: _Peer, read: _Read) -> None:
         description = peer.description

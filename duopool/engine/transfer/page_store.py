@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from duopool.core.messages import SharedMemory
 from duopool.core.types import BlockId
 
 
@@ -19,6 +20,11 @@ class PageStore(Protocol):
     @property
     def base_address(self) -> int:
         """Address of page 0 in this process (or on its device)."""
+        ...
+
+    @property
+    def shared_memory(self) -> SharedMemory | None:
+        """Where other processes of this host find page 0; None if they cannot, as on a device."""
         ...
 
     @property

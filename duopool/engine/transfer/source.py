@@ -32,7 +32,7 @@ class KvSource:
         self._nixl = nixl
 
     def describe(self, transport: str) -> SourceDescription:
-        """How the pages can be read; without agent metadata only as bytes on a stream."""
+        """How the pages can be read; without agent metadata or shared memory only as bytes on a stream."""
         metadata = self._nixl.agent_metadata if transport == "nixl" and self._nixl is not None else b""
         return SourceDescription(
             incarnation=self._incarnation,
@@ -41,6 +41,7 @@ class KvSource:
             page_bytes=self.store.page_bytes,
             base_address=self.store.base_address if metadata else 0,
             agent_metadata=metadata,
+            memory=self.store.shared_memory if transport == "shared_memory" else None,
         )
 
     def begin_read(self, read: ReadBlocks) -> str:

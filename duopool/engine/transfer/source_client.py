@@ -14,8 +14,15 @@ import grpc
 import msgspec
 
 from duopool.core.messages import DescribeSource, ReadBlocks, SourceDescription, Validate, Verdict
+from duopool.core.types import Incarnation, WorkerId
+from duopool.engine.transfer.page_store import PageStore
 from duopool.proto import codec
 from duopool.proto.internal_access import InternalAccess
+
+MAX_SOURCE_BLOCKS = 1 << 22
+"""What is made for a source before it is read grows with its blocks."""
+
+PeerId = tuple[WorkerId, Incarnation]
 
 
 class SourceClient:
@@ -119,6 +126,18 @@ class SourceClient:
         if self._access is None:
             return grpc.insecure_channel(address, options=codec.INTERNAL_CHANNEL_OPTIONS)
         return self._access.channel(address)
+
+
+def misfit(description: SourceDescription, source: PeerId, store: PageStore) -> str:
+    """Says why pages of a source that describes itself so cannot be read into `store`; empty if they can."""
+    worker_id, incarnation = source
+    if description.incarnation != incarnation:
+        return f"{worker_id} is incarnation {description.incarnation:016x} now, not {incarnation:016x}"
+    if (description.layout_digest, description.page_bytes) != (store.digest, store.page_bytes):
+        return f"pages of layout {description.layout_digest}, wanted {store.digest}"
+    if not 0 < description.num_blocks <= MAX_SOURCE_BLOCKS:
+        return f"{description.num_blocks} pages cannot be"
+    return ""
 
 
 def describe_error(call: Any) -> str:
