@@ -24,6 +24,7 @@ CHAT_ROLES = ("system", "user", "assistant", "tool")
 SpellingOf = Callable[[int], tuple[str, bytes]]
 """Text and bytes of a single token."""
 
+_DEFAULTS = SamplingParams()
 _OPTIONAL_FIELDS = (
     "max_tokens",
     "min_tokens",
@@ -62,6 +63,11 @@ def sampling_params(message: pb.SamplingParams, *, seed: int) -> SamplingParams:
         ignore_eos=message.ignore_eos,
         include_stop_str_in_output=message.include_stop_str_in_output,
     )
+
+
+def max_tokens(message: pb.SamplingParams) -> int:
+    """What `sampling_params` will say of it, without the rest."""
+    return message.max_tokens if message.HasField("max_tokens") else _DEFAULTS.max_tokens
 
 
 def num_choices(message: pb.SamplingParams) -> int:

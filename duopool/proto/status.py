@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import grpc
 from google.protobuf import any_pb2
@@ -67,16 +68,17 @@ class StatusDetails:
     """Name of the error class, such as WORKER_LOST."""
 
 
-def code_of(error: DuopoolError) -> grpc.StatusCode:
+@cache
+def code_of(kind: type[DuopoolError]) -> grpc.StatusCode:
     """The code of the nearest class in the table."""
-    return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+    return next(CODES[base] for base in kind.__mro__ if base in CODES)
 
 
 def grpc_status(error: DuopoolError) -> grpc.Status:
     """What `context.abort_with_status` takes."""
-    code = code_of(error)
+    code = code_of(type(error))
     number: int = code.value[0]
-    details = [_packed(detail) for detail in _details(error, code)]
+    details = [*(_packed(detail) for detail in _details(error, code)), _packed_info(type(error))]
     status = status_pb2.Status(code=number, message=str(error), details=details)
     return rpc_status.to_status(status)
 
@@ -103,20 +105,25 @@ def read_status(error: grpc.RpcError) -> StatusDetails:
 
 
 def _details(error: DuopoolError, code: grpc.StatusCode) -> list[Proto]:
-    info = error_details_pb2.ErrorInfo(reason=reason_of(type(error)), domain=DOMAIN)
+    """Those of this one error, besides what its class says."""
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
-        return [error_details_pb2.BadRequest(field_violations=[violation]), info]
+        return [error_details_pb2.BadRequest(field_violations=[violation])]
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         delay = Duration()
         delay.FromNanoseconds(int(getattr(error, "retry_after_s", DEFAULT_RETRY_S) * 1e9))
-        return [error_details_pb2.RetryInfo(retry_delay=delay), info]
-    return [info]
+        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+    return []
 
 
 def reason_of(kind: type[DuopoolError]) -> str:
     """Name of an error class on the wire, such as WORKER_LOST."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).upper()
+
+
+@cache
+def _packed_info(kind: type[DuopoolError]) -> any_pb2.Any:
+    return _packed(error_details_pb2.ErrorInfo(reason=reason_of(kind), domain=DOMAIN))
 
 
 def _packed(message: Proto) -> any_pb2.Any:

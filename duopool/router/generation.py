@@ -97,7 +97,7 @@ class Generation:
         admission.check_choices(ask.num_choices)
         num_lives = len(ask.prompts) * ask.num_choices
         admission.check_priority(ask.priority)
-        self._room.check(max_tokens=ask.params.max_tokens, time_left_s=time_left_s, priority=ask.priority)
+        self.check_room(ask.params.max_tokens, time_left_s=time_left_s, priority=ask.priority)
         with self._admission.admit(num_lives):
             params = ask.params
             if ask.takes_all_room:
@@ -150,6 +150,10 @@ class Generation:
         """ModelNotFound unless `name` is empty or the model that is served."""
         if name and name != self.model_id:
             raise ModelNotFound(f"model {name[:128]!r} is not served; {self.model_id!r} is")
+
+    def check_room(self, max_tokens: int, *, time_left_s: float | None, priority: int) -> None:
+        """Overloaded if a prompt of any length would be refused now: faces may ask before they read what came in."""
+        self._room.check(max_tokens=max_tokens, time_left_s=time_left_s, priority=priority)
 
     def limits(self) -> admission.Limits:
         """Unavailable as long as nobody can tell."""

@@ -7,7 +7,7 @@ from typing import Any
 from duopool.core.errors import InvalidRequest
 from duopool.proto import inference_pb2 as pb
 from duopool.proto.bearer import HEADER
-from duopool.proto.public_codec import chat_messages, num_choices, sampling_params
+from duopool.proto.public_codec import chat_messages, max_tokens, num_choices, sampling_params
 from duopool.router.ask import Ask, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from duopool.router.generation import Generation
 from duopool.router.guide import ANY_OBJECT, Guide, GuideKind, json_guide
@@ -23,6 +23,8 @@ class InferenceService:
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         generation = self._generation
         generation.check_model(request.model)
+        time_left_s, priority = context.time_remaining(), request.priority
+        generation.check_room(max_tokens(request.sampling), time_left_s=time_left_s, priority=priority)
         ask = Ask(
             tenant=self._access.tenant(dict(context.invocation_metadata() or ()).get(HEADER)),
             model=request.model,
@@ -34,9 +36,9 @@ class InferenceService:
             cache_salt=request.cache_salt,
             traceparent=_traceparent(context),
             resume_from=_resumed(request),
-            priority=request.priority,
+            priority=priority,
         )
-        async with generation.open(ask, time_left_s=context.time_remaining()) as stream:
+        async with generation.open(ask, time_left_s=time_left_s) as stream:
             while (item := await stream.outbox.take()) is not None:
                 message, num_tokens = item
                 await context.write(message)

@@ -47,3 +47,29 @@ def test_a_full_waiting_room_refuses_at_once_and_finishes_what_waits() -> None:
             assert await generate(cluster, 3) == expected_output(prompt(3), 5)
 
     asyncio.run(run())
+
+
+def test_who_finds_no_room_is_refused_before_the_rest_of_the_request_is_read() -> None:
+    async def run() -> None:
+        async with FakeCluster(max_num_waiting_tokens=NUM_TOKENS, max_wait_s=1.0) as cluster:
+            prefill = cluster.workers[0]
+            room = cluster.router.generation._room
+            assert await generate(cluster, 1) == expected_output(prompt(1), 5)
+            prefill.refuse = NackReason.BUSY
+            waiting = asyncio.create_task(generate(cluster, 2))
+            await eventually(lambda: bool(room.num_tokens))
+            await eventually(lambda: room.wait_s(room.num_tokens) > 1.0)
+            empty = pb.GenerateRequest(sampling=pb.SamplingParams(max_tokens=5))
+            for _ in range(2):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await anext(aiter(cluster.inference.Generate(empty)))
+                status = read_status(caught.value)
+                assert (status.code, status.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+                assert status.retry_after_s
+            prefill.refuse = None
+            assert await waiting == expected_output(prompt(2), 5)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await anext(aiter(cluster.inference.Generate(empty)))
+            assert read_status(caught.value).field == "prompt"
+
+    asyncio.run(run())
