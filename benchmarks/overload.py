@@ -2,10 +2,11 @@
 
     python benchmarks/overload.py [--seconds 60] [--times 10] [--model smollm2]
 
-Goodput counts requests that finish before their deadline. Capacity is looked for at several offered loads; the best
+Goodput counts requests that finish before their deadline. Capacity is looked for at two offered loads; the better
 goodput of them is the peak. Arrivals are Poisson and never wait for answers. Refusals must be RESOURCE_EXHAUSTED with
 RetryInfo. The client is a process of its own, and says how late it was itself, and what share of the cores it and each
-process of the system took. Exit code 1 if goodput under overload is below 90 % of the peak.
+process of the system took: what ten times the requests cost it here, clients of a real system pay elsewhere, so goodput
+is compared per core that it leaves too. Exit code 1 if goodput under overload is below 90 % of the peak as it stands.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from duopool.proto.status import read_status
 
 LEAST_SHARE = 0.9
 SETTLE_S = 8.0
-SEARCHED = (1.0, 1.2, 1.4)
+SEARCHED = (1.0, 1.3)
 """Offered loads, against a first guess of the capacity, among which the peak is looked for."""
 
 
@@ -45,7 +46,8 @@ class Outcome:
     ends: Counter[str] = field(default_factory=Counter)
     refusals: list[tuple[float, float]] = field(default_factory=list)
     """When each was sent, and seconds until it was refused."""
-    num_without_retry_info: int = 0
+    errors: list[grpc.RpcError] = field(default_factory=list)
+    """The refusals, to be read when there is time for it."""
     late_s: list[float] = field(default_factory=list)
     """How much later than its arrival the client sent each request."""
     busy_s: dict[str, float] = field(default_factory=dict)
@@ -58,6 +60,11 @@ class Outcome:
     def goodput(self) -> float:
         """Requests per second that finished in time, once the load had settled and before it ended."""
         return sum(SETTLE_S <= at <= self.took_s for at in self.good_at) / (self.took_s - SETTLE_S)
+
+    @property
+    def per_core_left(self) -> float:
+        """Goodput per core that the client did not take."""
+        return self.goodput / (psutil.cpu_count() - self.busy_s["client"] / self.took_s)
 
     def __str__(self) -> str:
         lines = [
@@ -156,7 +163,7 @@ class Client:
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 outcome.ends["refused"] += 1
                 outcome.refusals.append((sent_at - outcome.began_at, time.monotonic() - sent_at))
-                outcome.num_without_retry_info += read_status(error).retry_after_s is None
+                outcome.errors.append(error)
             else:
                 outcome.ends[f"{error.code().name} {'begun' if is_accepted else 'waiting'}"] += 1
 
@@ -169,23 +176,26 @@ class Client:
 
 async def run(client: Client, processes: Processes, arguments: argparse.Namespace) -> bool:
     await client.closed_loop(8, 3.0)
-    guess = (await client.closed_loop(arguments.streams, arguments.search_s)).goodput
+    guess = (await client.closed_loop(arguments.streams, arguments.search_s / 2)).goodput
     print(f"{arguments.streams} streams, each request after the other: {guess:.2f}/s", flush=True)
     outcomes = []
     for share in SEARCHED:
         outcomes.append(await client.open_loop(share * guess, arguments.search_s))
         print(outcomes[-1], flush=True)
-    peak = max(outcome.goodput for outcome in outcomes)
+    best = max(outcomes, key=lambda outcome: outcome.goodput)
+    peak = best.goodput
     before = processes.resident()
     watch = asyncio.create_task(processes.watch())
     over = await client.open_loop(arguments.times * peak, arguments.seconds)
     watch.cancel()
     print(over)
     print(f"MiB before {before}, highest {processes.highest}")
-    share = over.goodput / peak
-    print(f"goodput at {arguments.times:.0f} times the peak load: {share:.0%} of the peak of {peak:.2f}/s")
-    print(f"refusals without RetryInfo: {over.num_without_retry_info}")
-    return share >= LEAST_SHARE and over.num_without_retry_info == 0
+    share, share_per_core = over.goodput / peak, over.per_core_left / best.per_core_left
+    print(f"goodput at {arguments.times:.0f} times the peak load: {share:.0%} of the peak of {peak:.2f}/s", end="; ")
+    print(f"{share_per_core:.0%} per core that the client leaves")
+    num_without = sum(read_status(error).retry_after_s is None for error in over.errors)
+    print(f"refusals without RetryInfo: {num_without}")
+    return share >= LEAST_SHARE and num_without == 0
 
 
 async def main_async(address: str, arguments: argparse.Namespace) -> bool:
@@ -199,14 +209,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60, help="of overload")
     parser.add_argument("--times", type=float, default=10, help="offered load over peak goodput")
-    parser.add_argument("--search-s", type=float, default=25, help="seconds of each load among which the peak is found")
-    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--search-s", type=float, default=30, help="seconds of each load among which the peak is found")
+    parser.add_argument("--streams", type=int, default=48, help="that guess the capacity")
     parser.add_argument("--deadline-s", type=float, default=20)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     add_options(parser, model="smollm2")
-    parser.set_defaults(max_num_seqs=32)
     arguments = parser.parse_args()
     if arguments.address is not None:
         return 0 if asyncio.run(main_async(arguments.address, arguments)) else 1

@@ -68,17 +68,16 @@ class StatusDetails:
     """Name of the error class, such as WORKER_LOST."""
 
 
-@cache
-def code_of(kind: type[DuopoolError]) -> grpc.StatusCode:
+def code_of(error: DuopoolError) -> grpc.StatusCode:
     """The code of the nearest class in the table."""
-    return next(CODES[base] for base in kind.__mro__ if base in CODES)
+    return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
 
 
 def grpc_status(error: DuopoolError) -> grpc.Status:
     """What `context.abort_with_status` takes."""
-    code = code_of(type(error))
+    code = code_of(error)
     number: int = code.value[0]
-    details = [*(_packed(detail) for detail in _details(error, code)), _packed_info(type(error))]
+    details = [*(_packed(detail) for detail in _details(error, code)), _packed_info(reason_of(type(error)))]
     status = status_pb2.Status(code=number, message=str(error), details=details)
     return rpc_status.to_status(status)
 
@@ -122,8 +121,8 @@ def reason_of(kind: type[DuopoolError]) -> str:
 
 
 @cache
-def _packed_info(kind: type[DuopoolError]) -> any_pb2.Any:
-    return _packed(error_details_pb2.ErrorInfo(reason=reason_of(kind), domain=DOMAIN))
+def _packed_info(reason: str) -> any_pb2.Any:
+    return _packed(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
 
 
 def _packed(message: Proto) -> any_pb2.Any:
