@@ -107,6 +107,39 @@ def test_pages_cross_processes_until_the_source_dies(
         reader.close()
 
 
+@pytest.mark.parametrize("transport", ["shared_memory", "auto"])
+def test_a_source_that_dies_while_it_is_read_leaves_right_pages_or_errors_and_no_memory(
+    start: Callable[..., SourceProcess], transport: TransportName
+) -> None:
+    skip_without("shared_memory")
+    source, store = start(transport), FakeStore(seed=99)
+    reader = make_reader(transport, store, worker_id=WorkerId("decode-0"), incarnation=Incarnation(1))
+    ids = [BlockId(block_id) for block_id in range(store.num_blocks)]
+    begun: list[Future[ReadOutcome]] = []
+    try:
+        assert read(reader, source.lease, [0], [0]).error == ""
+        assert "duopool" in own_mappings()
+        for number in range(400):
+            begun.append(Future())
+            reader.read(source.lease, 1, blocks(ids), ids, begun[-1].set_result)
+            if number == 200:
+                source.process.kill()
+        source.process.wait()
+        outcomes = [outcome.result(PATIENCE_S) for outcome in begun]
+        assert not any(outcome.is_damaged for outcome in outcomes)
+        assert not outcomes[0].error
+        np.testing.assert_array_equal(store.pages, SOURCE_STORE.pages)
+        assert read(reader, source.lease, [1], [0]).error
+        assert "duopool" not in own_mappings()
+    finally:
+        reader.close()
+
+
+def own_mappings() -> str:
+    """What this process has mapped to read only, of memory that is shared."""
+    return "".join(line for line in Path("/proc/self/maps").read_text().splitlines() if " r--s " in line)
+
+
 @pytest.mark.parametrize("transport", ["nixl", "shared_memory"])
 def test_a_stopped_source_gives_no_verdict(start: Callable[..., SourceProcess], transport: TransportName) -> None:
     """One-sided reads need nothing of the source's process; whether they count does."""
