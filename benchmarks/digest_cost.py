@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +25,7 @@ from transfer_fakes import FakeStore, start_source
 
 from duopool.core.messages import LeaseRef, SealedBlock
 from duopool.core.types import BlockId, Incarnation, LeaseId, WorkerId
-from duopool.engine.transfer import grpc_reader, nixl_reader, shared_memory_reader
+from duopool.engine.transfer import grpc_reader, nixl_reader
 from duopool.engine.transfer.digest import seal
 from duopool.engine.transfer.factory import available_transports, make_reader
 from duopool.engine.transfer.in_process import InProcessNetwork
@@ -57,17 +58,28 @@ def read_s(reader: BlockReader, lease: LeaseRef, blocks: tuple[SealedBlock, ...]
     return time.perf_counter() - began_at
 
 
+def no_fault(*_: object) -> str:
+    """In place of a check. A plain function: calls of a mock take long enough to show."""
+    return ""
+
+
 def copy_unchecked(
-    source_address: int, sources: list[int], target_address: int, targets: list[int], *, page_bytes: int
+    sealed: list[int],
+    source_address: int,
+    sources: list[int],
+    target_address: int,
+    targets: list[int],
+    *,
+    page_bytes: int,
 ) -> list[int]:
-    """`ops.copy_pages` as it would be if nobody asked for digests: the same loop without the products."""
+    """`ops.copy_pages` if nobody asked for digests: the same loop without the products. Answers `sealed`."""
     froms, tos = np.asarray(sources, dtype=np.int64), np.asarray(targets, dtype=np.int64)
     cpu = library()
     assert cpu is not None, "this measures the compiled kernels"
     cpu.calls.duopool_copy_pages(
         source_address, target_address, page_bytes, froms.ctypes.data, tos.ctypes.data, len(froms), None
     )
-    return [0] * len(froms)
+    return sealed
 
 
 def measure(transport: str, *, num_pairs: int, num_pages: int) -> str:
@@ -84,6 +96,7 @@ def measure(transport: str, *, num_pairs: int, num_pages: int) -> str:
     )
     held = FakeStore(num_blocks=NUM_BLOCKS, page_bytes=PAGE_BYTES, seed=SEED)
     blocks = seal(held, [BlockId(index) for index in range(num_pages)], [1] * num_pages)
+    sealed = [block.digest for block in blocks]
     store = FakeStore(num_blocks=NUM_BLOCKS, page_bytes=PAGE_BYTES, seed=99)
     reader = make_reader(transport, store, worker_id=WorkerId("decode-0"), incarnation=Incarnation(1))  # type: ignore[arg-type]
     try:
@@ -95,10 +108,9 @@ def measure(transport: str, *, num_pairs: int, num_pages: int) -> str:
                     with_digest.append(read_s(reader, lease, blocks))
                     continue
                 with (
-                    mock.patch.object(nixl_reader, "find_mismatch", return_value=""),
-                    mock.patch.object(grpc_reader.GrpcReader, "_fault", return_value=""),
-                    mock.patch.object(reader, "_copy_pages", copy_unchecked, create=True),
-                    mock.patch.object(shared_memory_reader, "mismatch", return_value=""),
+                    mock.patch.object(nixl_reader, "find_mismatch", no_fault),
+                    mock.patch.object(grpc_reader.GrpcReader, "_fault", no_fault),
+                    mock.patch.object(reader, "_copy_pages", partial(copy_unchecked, sealed), create=True),
                 ):
                     without.append(read_s(reader, lease, blocks))
             ratios.append(with_digest[-1] / without[-1])

@@ -219,10 +219,9 @@ class SharedMemoryReader:
                 read.targets[begin : begin + self._pages_per_call],
                 page_bytes=self._store.page_bytes,
             )
-            for source, digest in zip(sources, digests, strict=True):
-                fault = mismatch(source, digest)
-                if fault:
-                    return ReadOutcome(error=fault, is_damaged=True)
+            if digests != [source.digest for source in sources]:
+                faults = map(mismatch, sources, digests)
+                return ReadOutcome(error=next(filter(None, faults)), is_damaged=True)
         return ReadOutcome(num_bytes=len(read.targets) * self._store.page_bytes)
 
     def _leave_to_others(self, read: _Read) -> None:

@@ -36,4 +36,5 @@ def copy_pages(
         len(froms),
         digests.ctypes.data,
     )
-    return [int(digest) for digest in digests]
+    found: list[int] = digests.tolist()
+    return found

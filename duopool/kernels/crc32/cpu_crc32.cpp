@@ -89,7 +89,7 @@ CLMUL512 inline __m512i take(const uint8_t* bytes, uint8_t* copy) {
     return data;
 }
 
-constexpr size_t AHEAD = 1024;  // bytes asked for before they are needed: a copy waits for memory, not for products
+constexpr size_t AHEAD = 2048;  // bytes asked for before they are needed: a copy waits for memory, not for products
 
 // `count` is at least 256; `copy` is a multiple of 64, and unused for DIGEST.
 template <Work work>
