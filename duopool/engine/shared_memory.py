@@ -93,7 +93,7 @@ def allocate(num_bytes: int) -> tuple[ctypes.Array[ctypes.c_uint8], SharedMemory
     except OSError:
         os.close(file)
         return None
-    _ask_for_huge_pages(mapping.address, num_bytes)
+    _fill(mapping.address, num_bytes)
     memory = (ctypes.c_uint8 * num_bytes).from_address(mapping.address)
 
     def release() -> None:
@@ -137,15 +137,16 @@ def _map(address: int | None, num_bytes: int, protection: int, flags: int, file:
     return mapped
 
 
-def _ask_for_huge_pages(address: int, num_bytes: int) -> None:
-    """Make the whole ones huge at once: memory files get none by themselves where /sys says `shmem_enabled: never`.
+def _fill(address: int, num_bytes: int) -> None:
+    """Have all pages there at once, so that memory that is not to be had is missed here: huge ones where that works.
 
-    Linux 6.1 collapses a stretch of which one page is there; where it does not, or has none left, pages stay small.
+    A memory file gets none by itself where /sys says `shmem_enabled: never`. From 6.1 on Linux collapses a stretch of
+    which one page is there, whatever that says.
     """
-    num_bytes -= num_bytes % HUGE_PAGE_BYTES
-    if num_bytes == 0:
-        return
-    _libc.madvise(address, num_bytes, _MADV_HUGEPAGE)
-    for offset in range(0, num_bytes, HUGE_PAGE_BYTES):
+    huge_bytes = num_bytes - num_bytes % HUGE_PAGE_BYTES
+    for offset in range(0, huge_bytes, HUGE_PAGE_BYTES):
         ctypes.c_uint8.from_address(address + offset).value = 0
-    _libc.madvise(address, num_bytes, _MADV_COLLAPSE)
+    if huge_bytes and _libc.madvise(address, huge_bytes, _MADV_COLLAPSE) != 0:
+        _libc.madvise(address, huge_bytes, _MADV_HUGEPAGE)  # where `shmem_enabled` is `advise`
+        huge_bytes = 0
+    ctypes.memset(address + huge_bytes, 0, num_bytes - huge_bytes)
