@@ -2,8 +2,9 @@
 
     python benchmarks/overload.py [--seconds 60] [--times 10] [--model smollm2]
 
-Goodput counts requests that finish before their deadline. Capacity is looked for at two offered loads; the better
-goodput of them is the peak. Arrivals are Poisson and never wait for answers. Refusals must be RESOURCE_EXHAUSTED with
+Goodput counts requests that finish before their deadline. Capacity is looked for at two offered loads; the better of
+them is offered once more behind the overload, for a machine may be faster in one minute than in the next: the mean of
+its two goodputs is the peak. Arrivals are Poisson and never wait for answers. Refusals must be RESOURCE_EXHAUSTED with
 RetryInfo. The client is a process of its own, and says how late it was itself, and what share of the cores it and each
 process of the system took: what ten times the requests cost it here, clients of a real system pay elsewhere, so goodput
 is compared per core that it leaves too. Exit code 1 if goodput under overload is below 90 % of the peak as it stands.
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
+from statistics import mean
 from typing import Any
 
 import grpc
@@ -95,8 +97,10 @@ class Processes:
         """MiB of resident memory."""
 
     def busy_s(self) -> dict[str, float]:
-        """Processor time so far."""
-        return {name: sum(process.cpu_times()[:2]) for name, process in self._processes.items()}
+        """Processor time so far; `others` is what everything else on this machine took."""
+        busy_s = {name: sum(process.cpu_times()[:2]) for name, process in self._processes.items()}
+        machine = psutil.cpu_times()
+        return busy_s | {"others": sum(machine) - machine.idle - machine.iowait - sum(busy_s.values())}
 
     def resident(self) -> dict[str, int]:
         """MiB of the system's processes."""
@@ -154,7 +158,8 @@ class Client:
         sent_at = time.monotonic()
         is_accepted = False
         try:
-            async for response in self._generate(request, timeout=timeout_s):
+            call = self._generate(request, timeout=timeout_s)
+            while (response := await call.read()) is not grpc.aio.EOF:
                 is_accepted = True
                 if response.HasField("finished"):
                     outcome.good_at.append(time.monotonic() - outcome.began_at)
@@ -163,7 +168,7 @@ class Client:
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 outcome.ends["refused"] += 1
                 outcome.refusals.append((sent_at - outcome.began_at, time.monotonic() - sent_at))
-                outcome.errors.append(error)
+                outcome.errors.append(error.with_traceback(None))
             else:
                 outcome.ends[f"{error.code().name} {'begun' if is_accepted else 'waiting'}"] += 1
 
@@ -178,21 +183,23 @@ async def run(client: Client, processes: Processes, arguments: argparse.Namespac
     await client.closed_loop(8, 3.0)
     guess = (await client.closed_loop(arguments.streams, arguments.search_s / 2)).goodput
     print(f"{arguments.streams} streams, each request after the other: {guess:.2f}/s", flush=True)
-    outcomes = []
-    for share in SEARCHED:
-        outcomes.append(await client.open_loop(share * guess, arguments.search_s))
-        print(outcomes[-1], flush=True)
-    best = max(outcomes, key=lambda outcome: outcome.goodput)
-    peak = best.goodput
+    outcomes = {}
+    for rate in [share * guess for share in SEARCHED]:
+        outcomes[rate] = await client.open_loop(rate, arguments.search_s)
+        print(outcomes[rate], flush=True)
+    rate, first = max(outcomes.items(), key=lambda outcome: outcome[1].goodput)
     before = processes.resident()
     watch = asyncio.create_task(processes.watch())
-    over = await client.open_loop(arguments.times * peak, arguments.seconds)
+    over = await client.open_loop(arguments.times * first.goodput, arguments.seconds)
     watch.cancel()
     print(over)
-    print(f"MiB before {before}, highest {processes.highest}")
-    share, share_per_core = over.goodput / peak, over.per_core_left / best.per_core_left
+    print(f"MiB before {before}, highest {processes.highest}", flush=True)
+    second = await client.open_loop(rate, arguments.search_s)
+    print(second)
+    peak, per_core_left = mean([first.goodput, second.goodput]), mean([first.per_core_left, second.per_core_left])
+    share = over.goodput / peak
     print(f"goodput at {arguments.times:.0f} times the peak load: {share:.0%} of the peak of {peak:.2f}/s", end="; ")
-    print(f"{share_per_core:.0%} per core that the client leaves")
+    print(f"{over.per_core_left / per_core_left:.0%} per core that the client leaves")
     num_without = sum(read_status(error).retry_after_s is None for error in over.errors)
     print(f"refusals without RetryInfo: {num_without}")
     return share >= LEAST_SHARE and num_without == 0
@@ -209,13 +216,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60, help="of overload")
     parser.add_argument("--times", type=float, default=10, help="offered load over peak goodput")
-    parser.add_argument("--search-s", type=float, default=30, help="seconds of each load among which the peak is found")
+    parser.add_argument("--search-s", type=float, default=25, help="seconds of each load among which the peak is found")
     parser.add_argument("--streams", type=int, default=48, help="that guess the capacity")
     parser.add_argument("--deadline-s", type=float, default=20)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     add_options(parser, model="smollm2")
+    parser.set_defaults(max_num_seqs=32)
     arguments = parser.parse_args()
     if arguments.address is not None:
         return 0 if asyncio.run(main_async(arguments.address, arguments)) else 1
