@@ -115,22 +115,26 @@ DUOPOOL_INLINE void store_line(T* to, Floats value, int64_t count) {
     __builtin_memcpy(to, whole, count * sizeof(T));
 }
 
-// The vector with its halves of every 2 * `half` lanes exchanged.
-DUOPOOL_INLINE Floats swapped(Floats value, int half) {
+// The vector with its halves of every 2 * HALF lanes exchanged. HALF is a template's, here and below: an order of lanes that
+// the compiler does not see as constant is put together anew each time, at ten times the cost of the exchange.
+template <int HALF>
+DUOPOOL_INLINE Floats swapped(Floats value) {
     Ints lanes;
-    for (int lane = 0; lane < WIDTH; ++lane) lanes[lane] = lane ^ half;
+    for (int lane = 0; lane < WIDTH; ++lane) lanes[lane] = lane ^ HALF;
     return __builtin_shuffle(value, lanes);
 }
 
+template <int HALF = WIDTH / 2>
 DUOPOOL_INLINE float largest(Floats value) {
-#pragma GCC unroll 4
-    for (int half = WIDTH / 2; half > 0; half /= 2) value = larger(value, swapped(value, half));
+    value = larger(value, swapped<HALF>(value));
+    if constexpr (HALF > 1) return largest<HALF / 2>(value);
     return value[0];
 }
 
+template <int HALF = WIDTH / 2>
 DUOPOOL_INLINE float sum(Floats value) {
-#pragma GCC unroll 4
-    for (int half = WIDTH / 2; half > 0; half /= 2) value += swapped(value, half);
+    value += swapped<HALF>(value);
+    if constexpr (HALF > 1) return sum<HALF / 2>(value);
     return value[0];
 }
 
@@ -164,38 +168,71 @@ DUOPOOL_INLINE Floats hyperbolic_tangent(Floats x) {
 }
 
 // Turn WIDTH rows of WIDTH values around in place, by exchanging ever smaller quadrants.
+template <int HALF = WIDTH / 2>
 DUOPOOL_INLINE void transpose(Floats (&rows)[WIDTH]) {
-#pragma GCC unroll 8
-    for (int half = WIDTH / 2; half > 0; half /= 2) {
-        Ints upper, lower;
-        for (int lane = 0; lane < WIDTH; ++lane) {
-            upper[lane] = lane & half ? WIDTH + lane - half : lane;
-            lower[lane] = lane & half ? WIDTH + lane : lane + half;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < WIDTH; ++i) {
-            if (i & half) continue;
-            const Floats a = rows[i], b = rows[i + half];
-            rows[i] = __builtin_shuffle(a, b, upper);
-            rows[i + half] = __builtin_shuffle(a, b, lower);
-        }
+    Ints upper, lower;
+    for (int lane = 0; lane < WIDTH; ++lane) {
+        upper[lane] = lane & HALF ? WIDTH + lane - HALF : lane;
+        lower[lane] = lane & HALF ? WIDTH + lane : lane + HALF;
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; ++i) {
+        if (i & HALF) continue;
+        const Floats a = rows[i], b = rows[i + HALF];
+        rows[i] = __builtin_shuffle(a, b, upper);
+        rows[i + HALF] = __builtin_shuffle(a, b, lower);
+    }
+    if constexpr (HALF > 1) transpose<HALF / 2>(rows);
 }
 
-// The sums over the lanes of four vectors, in lanes 0 to 3.
-DUOPOOL_INLINE Floats four_sums(Floats a, Floats b, Floats c, Floats d) {
+// Which way lanes are brought together.
+enum Merge { ADD, LARGEST };
+template <Merge HOW>
+DUOPOOL_INLINE Floats merged(Floats a, Floats b) {
+    if constexpr (HOW == ADD) return a + b;
+    else return larger(a, b);
+}
+
+// Brings the lanes of each quad of four vectors together: quad q has those of a, b, c and d in its lanes 0 to 3.
+template <Merge HOW>
+DUOPOOL_INLINE Floats merged_quads(Floats a, Floats b, Floats c, Floats d) {
     Ints even, odd;
     for (int lane = 0; lane < WIDTH; ++lane) {
         const int quad = lane & ~3, side = lane & 2 ? WIDTH : 0;
         even[lane] = quad + side + (lane & 1 ? 2 : 0);
         odd[lane] = even[lane] + 1;
     }
-    const Floats ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-    const Floats cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
-    Floats all = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+    const Floats ab = merged<HOW>(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, odd));
+    const Floats cd = merged<HOW>(__builtin_shuffle(c, d, even), __builtin_shuffle(c, d, odd));
+    return merged<HOW>(__builtin_shuffle(ab, cd, even), __builtin_shuffle(ab, cd, odd));
+}
+
+// Brings the quads of one vector together, in its lanes 0 to 3.
+template <Merge HOW, int HALF = WIDTH / 2>
+DUOPOOL_INLINE Floats merged_lanes(Floats value) {
+    if constexpr (HALF < 4) return value;
+    else return merged_lanes<HOW, HALF / 2>(merged<HOW>(value, swapped<HALF>(value)));
+}
+
+// Adds up the quads of each of WIDTH / 4 vectors: their sums, one vector's behind the other's.
+template <int HALF = WIDTH / 2, int N>
+DUOPOOL_INLINE Floats joined_sums(const Floats (&quads)[N]) {
+    if constexpr (N == 1) {
+        return quads[0];
+    } else {
+        Ints lower, upper;
+        for (int i = 0; i < WIDTH; ++i) {
+            const int place = i % (WIDTH / 2);
+            lower[i] = (i < WIDTH / 2 ? 0 : WIDTH) + place / HALF * 2 * HALF + place % HALF;
+            upper[i] = lower[i] + HALF;
+        }
+        Floats half[N / 2];
 #pragma GCC unroll 4
-    for (int half = WIDTH / 2; half >= 4; half /= 2) all += swapped(all, half);
-    return all;
+        for (int i = 0; i < N / 2; ++i)
+            half[i] = __builtin_shuffle(quads[2 * i], quads[2 * i + 1], lower) +
+                      __builtin_shuffle(quads[2 * i], quads[2 * i + 1], upper);
+        return joined_sums<HALF / 2>(half);
+    }
 }
 
 // c[R][CHUNK] (+)= a[R][depth] * b[depth][CHUNK]: the inner loop of every product of matrices here. The R x 2 sums stay

@@ -24,53 +24,20 @@ DUOPOOL_INLINE void pair_rows(Words first, Words second, Words& even, Words& odd
     odd = (first >> 16) | (second & 0xffff0000u);
 }
 
-// A row of float32 scores becomes bfloat16 weights in the same place, zeros behind them to the end of the tile.
-DUOPOOL_INLINE void round_weights(float* scores, int64_t count) {
-    Bfloat16* weights = (Bfloat16*)scores;
-    const int64_t end = (count + WIDTH - 1) / WIDTH * WIDTH;
-    for (int64_t i = 0; i < end; i += WIDTH) {
-        const Floats score = load(scores + i);
-        store_line(weights + i, score);
-    }
-}
-
-template <int R>
-DUOPOOL_TARGET __attribute__((noinline)) void score_pairs(const Bfloat16* query, int64_t query_stride,
-                                                          const Bfloat16* const* keys, int64_t count, int64_t dim,
-                                                          float* scores, const Bfloat16* const* soon,
-                                                          int64_t soon_dim) {
-    for (int64_t first = 0; first < count; first += 4) {
-        if (soon) prefetch(soon + first, 4, soon_dim);
-        Floats sums[R][4] = {};
-        for (int64_t chunk = 0; chunk < dim; chunk += CHUNK) {
-#pragma GCC unroll 4
-            for (int key = 0; key < 4; ++key) {
-                const Words pairs = load_pairs(keys[first + key], dim, chunk);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r)
-                    sums[r][key] =
-                        add_pair_products(sums[r][key], *(const LooseWords*)(query + r * query_stride + chunk), pairs);
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            const Floats all = four_sums(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
-            __builtin_memcpy(scores + r * KEY_TILE + first, &all, 4 * sizeof(float));
-        }
-    }
-}
-
-// mixed[R] += weights[R][count] * values[count] over two chunks of columns; rows of weights are 2 * KEY_TILE apart.
+// mixed[R] = mixed[R] * shrinks[R] + weights[R][count] * values[count] over C chunks of columns; rows of weights are 2 * KEY_TILE apart.
 template <int R, int C>
 DUOPOOL_INLINE void mix_pair_chunks(const Bfloat16* weights, const Bfloat16* const* values, int64_t count, int64_t dim,
-                                    int64_t chunk, float* mixed, int64_t mixed_stride, const Bfloat16* const* soon,
-                                    int64_t soon_dim) {
+                                    int64_t chunk, const float* shrinks, float* mixed, int64_t mixed_stride,
+                                    const Bfloat16* const* soon, int64_t soon_dim) {
     Floats sums[R][2 * C];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int c = 0; c < C; ++c)
+        for (int c = 0; c < C; ++c) {
             load_pair(mixed + r * mixed_stride + chunk + c * CHUNK, sums[r][2 * c], sums[r][2 * c + 1]);
+            sums[r][2 * c] *= shrinks[r];
+            sums[r][2 * c + 1] *= shrinks[r];
+        }
     for (int64_t key = 0; key < count; key += 2) {
         if (soon) prefetch(soon + key, 2, soon_dim);
 #pragma GCC unroll 2
@@ -97,14 +64,15 @@ DUOPOOL_INLINE void mix_pair_chunks(const Bfloat16* weights, const Bfloat16* con
 
 template <int R>
 DUOPOOL_TARGET __attribute__((noinline)) void mix_pairs(const Bfloat16* weights, const Bfloat16* const* values,
-                                                        int64_t count, int64_t dim, float* mixed, int64_t mixed_stride,
-                                                        const Bfloat16* const* soon, int64_t soon_dim) {
+                                                        int64_t count, int64_t dim, const float* shrinks, float* mixed,
+                                                        int64_t mixed_stride, const Bfloat16* const* soon,
+                                                        int64_t soon_dim) {
     for (int64_t chunk = 0, step; chunk < dim; chunk += step, soon = nullptr) {
         step = chunk + 2 * CHUNK <= dim ? 2 * CHUNK : CHUNK;
         if (step == 2 * CHUNK)
-            mix_pair_chunks<R, 2>(weights, values, count, dim, chunk, mixed, mixed_stride, soon, soon_dim);
+            mix_pair_chunks<R, 2>(weights, values, count, dim, chunk, shrinks, mixed, mixed_stride, soon, soon_dim);
         else
-            mix_pair_chunks<R, 1>(weights, values, count, dim, chunk, mixed, mixed_stride, soon, soon_dim);
+            mix_pair_chunks<R, 1>(weights, values, count, dim, chunk, shrinks, mixed, mixed_stride, soon, soon_dim);
     }
 }
 
@@ -113,16 +81,25 @@ struct Dots {
     typedef Bfloat16 Query;
     typedef Bfloat16 Weight;
     static float factor(const AttentionCall& call) { return call.scale; }
-    DUOPOOL_INLINE void weights_from_scores(float* scores, int64_t count) { round_weights(scores, count); }
     template <int R>
-    DUOPOOL_INLINE void score(const Query* query, int64_t query_stride, const Bfloat16* const* keys, int64_t count,
-                              int64_t dim, float* scores, const Bfloat16* const* soon, int64_t soon_dim) {
-        score_pairs<R>(query, query_stride, keys, count, dim, scores, soon, soon_dim);
+    DUOPOOL_INLINE void add_products(const Bfloat16* query, int64_t query_stride, const Bfloat16* const* keys,
+                                     int64_t dim, Floats (&sums)[R][4]) {
+        for (int64_t chunk = 0; chunk < dim; chunk += CHUNK) {
+#pragma GCC unroll 4
+            for (int key = 0; key < 4; ++key) {
+                const Words pairs = load_pairs(keys[key], dim, chunk);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r)
+                    sums[r][key] =
+                        add_pair_products(sums[r][key], *(const LooseWords*)(query + r * query_stride + chunk), pairs);
+            }
+        }
     }
     template <int R>
-    DUOPOOL_INLINE void mix(const Weight* weights, const Bfloat16* const* values, int64_t count, int64_t dim,
-                            float* mixed, int64_t mixed_stride, const Bfloat16* const* soon, int64_t soon_dim) {
-        mix_pairs<R>(weights, values, count, dim, mixed, mixed_stride, soon, soon_dim);
+    DUOPOOL_INLINE void mix(const Bfloat16* weights, const Bfloat16* const* values, int64_t count, int64_t dim,
+                            const float* shrinks, float* mixed, int64_t mixed_stride, const Bfloat16* const* soon,
+                            int64_t soon_dim) {
+        mix_pairs<R>(weights, values, count, dim, shrinks, mixed, mixed_stride, soon, soon_dim);
     }
 };
 
@@ -179,14 +156,8 @@ DUOPOOL_INLINE void attend_staged_dots(const AttentionCall& call, const Piece& p
             for (int64_t key = 0; key < last_seen; key += CHUNK)
                 multiply(query + r * key_dim, key_dim, turned_keys + key / 2 * key_dim, 0, key_dim, work.scores + key,
                          KEY_TILE, false);
-            for (int64_t i = 0; i < some; ++i) {
-                const int64_t row = r + i;
-                float* const scores = work.scores + i * KEY_TILE;
-                const float shrink = weigh(call, call.scale, scores, firsts[i], lasts[i], last_seen, sums.largest + row,
-                                           sums.total + row);
-                if (shrink != 1) shrink_row(sums.mixed + row * value_dim, value_dim, shrink);
-                round_weights(scores, last_seen);
-            }
+            weigh_rows<Bfloat16>(call, call.scale, work.scores, firsts, lasts, last_seen, some,
+                                 {sums.largest + r, sums.total + r, sums.mixed + r * value_dim}, value_dim);
             for (int64_t chunk = 0; chunk < value_dim; chunk += CHUNK)
                 multiply((const Bfloat16*)work.scores, 2 * KEY_TILE, paired_values + chunk * (KEY_TILE / 2), 0, last_seen,
                          sums.mixed + r * value_dim + chunk, value_dim, true);

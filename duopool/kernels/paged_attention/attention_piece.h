@@ -107,36 +107,76 @@ DUOPOOL_INLINE void visible(const AttentionCall& call, int64_t position, int64_t
     *first = begin < 0 ? 0 : begin < *last ? begin : *last;
 }
 
-// Scores of one row, times `factor`, become weights; the running sums follow. Returns by how much earlier sums shrink.
-DUOPOOL_INLINE float weigh(const AttentionCall& call, float factor, float* scores, int64_t first, int64_t last,
-                           int64_t count, float* largest_so_far, float* total) {
-    const int64_t end = (count + WIDTH - 1) / WIDTH * WIDTH;
-    if (factor != 1) {
-        for (int64_t i = 0; i < end; i += WIDTH) store(scores + i, load(scores + i) * factor);
-    }
-    if (call.soft_cap != 0) {
-        for (int64_t i = 0; i < end; i += WIDTH)
-            store(scores + i, call.soft_cap * hyperbolic_tangent(load(scores + i) / call.soft_cap));
-    }
-    for (int64_t i = 0; i < first; ++i) scores[i] = -__builtin_inff();
-    for (int64_t i = last; i < end; ++i) scores[i] = -__builtin_inff();
-    Floats most = fill(*largest_so_far);
-    for (int64_t i = 0; i < end; i += WIDTH) most = larger(load(scores + i), most);
-    const float new_largest = largest(most);
-    Floats sums = {};
-    for (int64_t i = 0; i < end; i += WIDTH) {
-        const Floats weight = exponential(load(scores + i) - new_largest);
-        store(scores + i, weight);
-        sums += weight;
-    }
-    const float shrink = exponential(fill(*largest_so_far - new_largest))[0];
-    *largest_so_far = new_largest;
-    *total = *total * shrink + sum(sums);
-    return shrink;
-}
-
 DUOPOOL_INLINE void shrink_row(float* mixed, int64_t dim, float by) {
     for (int64_t i = 0; i < dim; i += WIDTH) store(mixed + i, load(mixed + i) * by);
+}
+
+// Scores of R rows, times `factor`, become weights in the same place, zeros behind them; the running sums follow. `shrinks`:
+// by how much each row's earlier sums shrink. The rows' lanes are brought together at once: one after the other, each
+// would wait for its own.
+template <int R, class Weight>
+DUOPOOL_INLINE void weigh(const AttentionCall& call, float factor, float* scores, const int64_t* firsts,
+                          const int64_t* lasts, int64_t count, float* largest_so_far, float* totals, float* shrinks) {
+    const int64_t end = (count + WIDTH - 1) / WIDTH * WIDTH;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        float* const row = scores + r * KEY_TILE;
+        if (factor != 1) {
+            for (int64_t i = 0; i < end; i += WIDTH) store(row + i, load(row + i) * factor);
+        }
+        if (call.soft_cap != 0) {
+            for (int64_t i = 0; i < end; i += WIDTH)
+                store(row + i, call.soft_cap * hyperbolic_tangent(load(row + i) / call.soft_cap));
+        }
+        for (int64_t i = 0; i < firsts[r]; ++i) row[i] = -__builtin_inff();
+        for (int64_t i = lasts[r]; i < end; ++i) row[i] = -__builtin_inff();
+    }
+    Floats most[R], before = {}, total = {}, sums[R] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        most[r] = fill(NO_SCORE);
+        before[r] = largest_so_far[r];
+        total[r] = totals[r];
+    }
+    for (int64_t i = 0; i < end; i += WIDTH) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) most[r] = larger(load(scores + r * KEY_TILE + i), most[r]);
+    }
+    constexpr int LAST = R - 1, SECOND = LAST < 1 ? LAST : 1, THIRD = LAST < 2 ? LAST : 2;
+    const Floats largest_now = merged_lanes<LARGEST>(merged_quads<LARGEST>(most[0], most[SECOND], most[THIRD], most[LAST]));
+    const Floats after = larger(before, largest_now), shrink = exponential(before - after);
+    for (int64_t i = 0; i < end; i += WIDTH) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            float* const row = scores + r * KEY_TILE;
+            const Floats weight = exponential(load(row + i) - after[r]);
+            store_line((Weight*)row + i, weight);
+            sums[r] += weight;
+        }
+    }
+    total = total * shrink + merged_lanes<ADD>(merged_quads<ADD>(sums[0], sums[SECOND], sums[THIRD], sums[LAST]));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        largest_so_far[r] = after[r];
+        totals[r] = total[r];
+        shrinks[r] = shrink[r];
+    }
+}
+
+// The same for any number of rows; their earlier sums shrink at once.
+template <class Weight>
+DUOPOOL_INLINE void weigh_rows(const AttentionCall& call, float factor, float* scores, const int64_t* firsts,
+                               const int64_t* lasts, int64_t count, int64_t rows, Sums sums, int64_t value_dim) {
+    float shrinks[MAX_ROWS];
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+        weigh<4, Weight>(call, factor, scores + r * KEY_TILE, firsts + r, lasts + r, count, sums.largest + r,
+                         sums.total + r, shrinks + r);
+    for (; r < rows; ++r)
+        weigh<1, Weight>(call, factor, scores + r * KEY_TILE, firsts + r, lasts + r, count, sums.largest + r,
+                         sums.total + r, shrinks + r);
+    for (r = 0; r < rows; ++r)
+        if (shrinks[r] != 1) shrink_row(sums.mixed + r * value_dim, value_dim, shrinks[r]);
 }
 
 DUOPOOL_INLINE void clear(Sums& sums, int64_t rows, int64_t dim) {
@@ -156,53 +196,41 @@ DUOPOOL_INLINE void prefetch(const T* const* rows, int64_t count, int64_t dim) {
         for (int64_t at = 0; at < dim; at += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows[i] + at, 0, 2);
 }
 
-// scores[R][4] of R rows with four keys.
-template <int R, class T>
-DUOPOOL_INLINE void score_four(const float* query, int64_t query_stride, const T* const* keys, int64_t dim,
-                               float* scores) {
-    Floats sums[R][4] = {};
-    int64_t chunk = 0;
-    for (; chunk + CHUNK <= dim; chunk += CHUNK) {
+// scores[R][count] of R rows, times `factor`; `keys` is filled up to a multiple of WIDTH. Several keys' sums are added up
+// over their lanes at once.
+template <int R, class Way, class T>
+DUOPOOL_TARGET __attribute__((noinline)) void score_tile(const typename Way::Query* query, int64_t query_stride,
+                                                         const T* const* keys, int64_t count, int64_t dim, float factor,
+                                                         float* scores, const T* const* soon, int64_t soon_dim) {
+    for (int64_t first = 0; first < count; first += WIDTH) {
+        Floats quads[R][WIDTH / 4];
+#pragma GCC unroll 1
+        for (int quad = 0; quad < WIDTH / 4; ++quad) {
+            const int64_t key = first + 4 * quad;
+            if (soon) prefetch(soon + key, 4, soon_dim);
+            Floats sums[R][4] = {};
+            Way::template add_products<R>(query, query_stride, keys + key, dim, sums);
 #pragma GCC unroll 4
-        for (int key = 0; key < 4; ++key) {
-            Floats a, b;
-            load_pair(keys[key] + chunk, a, b);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                sums[r][key] += load(query + r * query_stride + chunk) * a;
-                sums[r][key] += load(query + r * query_stride + chunk + WIDTH) * b;
-            }
+            for (int r = 0; r < R; ++r) quads[r][quad] = merged_quads<ADD>(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
         }
-    }
-    if (chunk < dim) {
 #pragma GCC unroll 4
-        for (int key = 0; key < 4; ++key) {
-            Floats a, b;
-            load_partial_pair(keys[key] + chunk, dim - chunk, a, b);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                sums[r][key] += load(query + r * query_stride + chunk) * a;
-                sums[r][key] += load(query + r * query_stride + chunk + WIDTH) * b;
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-        const Floats all = four_sums(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
-        __builtin_memcpy(scores + r * KEY_TILE, &all, 4 * sizeof(float));
+        for (int r = 0; r < R; ++r) store(scores + r * KEY_TILE + first, joined_sums(quads[r]) * factor);
     }
 }
 
-// mixed[R] += weights[R][count] * values[count], PAIRS chunks of columns at once.
+// mixed[R] = mixed[R] * shrinks[R] + weights[R][count] * values[count], PAIRS chunks of columns at once.
 template <int R, int PAIRS, bool WHOLE, class T>
 DUOPOOL_INLINE void mix_chunks(const float* weights, const T* const* values, int64_t count, int64_t dim, int64_t chunk,
-                               float* mixed, int64_t mixed_stride) {
+                               const float* shrinks, float* mixed, int64_t mixed_stride) {
     Floats sums[R][2 * PAIRS];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-        for (int p = 0; p < PAIRS; ++p)
+        for (int p = 0; p < PAIRS; ++p) {
             load_pair(mixed + r * mixed_stride + chunk + p * CHUNK, sums[r][2 * p], sums[r][2 * p + 1]);
+            sums[r][2 * p] *= shrinks[r];
+            sums[r][2 * p + 1] *= shrinks[r];
+        }
     }
     for (int64_t key = 0; key < count; ++key) {
 #pragma GCC unroll 2
@@ -230,25 +258,15 @@ DUOPOOL_INLINE void mix_chunks(const float* weights, const T* const* values, int
 
 template <int R, class T>
 DUOPOOL_TARGET __attribute__((noinline)) void mix_values(const float* weights, const T* const* values, int64_t count,
-                                                         int64_t dim, float* mixed, int64_t mixed_stride,
-                                                         const T* const* soon, int64_t soon_dim) {
+                                                         int64_t dim, const float* shrinks, float* mixed,
+                                                         int64_t mixed_stride, const T* const* soon, int64_t soon_dim) {
     int64_t chunk = 0;
     if (soon) prefetch(soon, KEY_TILE, soon_dim);
     for (; chunk + 2 * CHUNK <= dim; chunk += 2 * CHUNK)
-        mix_chunks<R, 2, true>(weights, values, count, dim, chunk, mixed, mixed_stride);
+        mix_chunks<R, 2, true>(weights, values, count, dim, chunk, shrinks, mixed, mixed_stride);
     for (; chunk + CHUNK <= dim; chunk += CHUNK)
-        mix_chunks<R, 1, true>(weights, values, count, dim, chunk, mixed, mixed_stride);
-    if (chunk < dim) mix_chunks<R, 1, false>(weights, values, count, dim, chunk, mixed, mixed_stride);
-}
-
-template <int R, class T>
-DUOPOOL_TARGET __attribute__((noinline)) void score_tile(const float* query, int64_t query_stride, const T* const* keys,
-                                                         int64_t count, int64_t dim, float* scores,
-                                                         const T* const* soon, int64_t soon_dim) {
-    for (int64_t key = 0; key < count; key += 4) {
-        if (soon) prefetch(soon + key, 4, soon_dim);
-        score_four<R>(query, query_stride, keys + key, dim, scores + key);
-    }
+        mix_chunks<R, 1, true>(weights, values, count, dim, chunk, shrinks, mixed, mixed_stride);
+    if (chunk < dim) mix_chunks<R, 1, false>(weights, values, count, dim, chunk, shrinks, mixed, mixed_stride);
 }
 
 // How few rows meet keys and values: expanded to float32, T being whatever it is. See attention_dots.h for the other way.
@@ -257,81 +275,90 @@ struct Expanded {
     typedef float Query;
     typedef float Weight;
     static float factor(const AttentionCall&) { return 1; }  // the queries have the scale in them
-    static void weights_from_scores(float*, int64_t) {}
     template <int R>
-    DUOPOOL_INLINE void score(const Query* query, int64_t query_stride, const T* const* keys, int64_t count, int64_t dim,
-                              float* scores, const T* const* soon, int64_t soon_dim) {
-        score_tile<R>(query, query_stride, keys, count, dim, scores, soon, soon_dim);
+    DUOPOOL_INLINE void add_products(const float* query, int64_t query_stride, const T* const* keys, int64_t dim,
+                                     Floats (&sums)[R][4]) {
+        for (int64_t chunk = 0; chunk < dim; chunk += CHUNK) {
+#pragma GCC unroll 4
+            for (int key = 0; key < 4; ++key) {
+                Floats a, b;
+                load_chunk(keys[key], dim, chunk, a, b);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    sums[r][key] += load(query + r * query_stride + chunk) * a;
+                    sums[r][key] += load(query + r * query_stride + chunk + WIDTH) * b;
+                }
+            }
+        }
     }
     template <int R>
-    DUOPOOL_INLINE void mix(const Weight* weights, const T* const* values, int64_t count, int64_t dim, float* mixed,
-                            int64_t mixed_stride, const T* const* soon, int64_t soon_dim) {
-        mix_values<R>(weights, values, count, dim, mixed, mixed_stride, soon, soon_dim);
+    DUOPOOL_INLINE void mix(const float* weights, const T* const* values, int64_t count, int64_t dim,
+                            const float* shrinks, float* mixed, int64_t mixed_stride, const T* const* soon,
+                            int64_t soon_dim) {
+        mix_values<R>(weights, values, count, dim, shrinks, mixed, mixed_stride, soon, soon_dim);
     }
 };
+
+// R rows of one token meet a tile. `soon_values` are this tile's if they are to be asked for, `soon_keys` those of the next one.
+template <int R, class T, class Way>
+DUOPOOL_INLINE void attend_tile(const AttentionCall& call, const float* queries, const T* const* keys,
+                                const T* const* values, int64_t count, const int64_t* firsts, const int64_t* lasts,
+                                float* scores, Sums sums, const T* const* soon_values, const T* const* soon_keys) {
+    const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim);
+    float shrinks[R];
+    score_tile<R, Way>((const typename Way::Query*)queries, key_dim, keys, count, call.key_dim, Way::factor(call), scores,
+                       soon_values, call.value_dim);
+    weigh<R, typename Way::Weight>(call, 1, scores, firsts, lasts, count, sums.largest, sums.total, shrinks);
+    Way::template mix<R>((const typename Way::Weight*)scores, values, count, call.value_dim, shrinks, sums.mixed,
+                         value_dim, soon_keys, call.key_dim);
+}
 
 // Rows that are taken at once, of those that are left.
 DUOPOOL_INLINE int64_t rows_at_once(int64_t left) { return left == 4 ? 2 : left < 3 ? left : 3; }
 
-// Few rows: keys and values are read where they lie. `after` is what this thread is likely to do next, or null.
+// One token's rows, if they are few: keys and values are read where they lie. `after` is what this thread is likely to do
+// next, or null.
 template <class T, class Way>
 DUOPOOL_INLINE void attend_in_place(const AttentionCall& call, const Piece& piece, const Piece* after, Workspace& work,
                                     Sums& sums) {
-    const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim), rows = piece.num_rows;
-    const int64_t group = call.num_heads / call.num_kv_heads;
-    const int64_t num_queries = call.query_starts[piece.request + 1] - call.query_starts[piece.request];
-    const int64_t first_position = call.kv_lengths[piece.request] - num_queries;
-    const T *slots[2][2][KEY_TILE + 4];  // this tile and the next one: keys, values
+    const int64_t key_floats = padded(call.key_dim) * sizeof(typename Way::Query) / sizeof(float);
+    const int64_t value_dim = padded(call.value_dim), rows = piece.num_rows;
+    const T *slots[2][2][KEY_TILE];  // this tile and the next one: keys, values
     int64_t next_count = find_tile(call, piece, piece.first_key, slots[0][0], slots[0][1]);
     int now = 1;
     for (int64_t tile = piece.first_key; tile < piece.last_key; tile += KEY_TILE) {
         now = 1 - now;
-        const T **keys = slots[now][0], **values = slots[now][1];
+        const T **keys = slots[now][0], **values = slots[now][1], **next_keys = slots[1 - now][0];
         const int64_t count = next_count, next = tile + KEY_TILE;
         next_count = 0;
         if (next < piece.last_key)
-            next_count = find_tile(call, piece, next, slots[1 - now][0], slots[1 - now][1]);
+            next_count = find_tile(call, piece, next, next_keys, slots[1 - now][1]);
         else if (after)
-            next_count = find_tile(call, *after, after->first_key, slots[1 - now][0], slots[1 - now][1]);
-        for (int64_t i = count; i % 4; ++i) {
+            next_count = find_tile(call, *after, after->first_key, next_keys, slots[1 - now][1]);
+        for (int64_t i = count; i % WIDTH; ++i) {
             keys[i] = keys[count - 1];
             values[i] = values[count - 1];
         }
-        for (int64_t r = 0, some; r < rows; r += some) {
-            const auto* query = (const typename Way::Query*)work.query + r * key_dim;
-            float* scores = work.scores + r * KEY_TILE;
-            const T* const* soon = r == 0 ? values : nullptr;
-            some = rows_at_once(rows - r);
-            if (some == 3)
-                Way::template score<3>(query, key_dim, keys, count, call.key_dim, scores, soon, call.value_dim);
-            else if (some == 2)
-                Way::template score<2>(query, key_dim, keys, count, call.key_dim, scores, soon, call.value_dim);
-            else
-                Way::template score<1>(query, key_dim, keys, count, call.key_dim, scores, soon, call.value_dim);
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-            int64_t first, last;
-            visible(call, first_position + (piece.first_row + r) / group, tile, count, &first, &last);
-            float* scores = work.scores + r * KEY_TILE;
-            const float shrink = weigh(call, Way::factor(call), scores, first, last, count, sums.largest + r, sums.total + r);
-            if (shrink != 1) shrink_row(sums.mixed + r * value_dim, value_dim, shrink);
-            Way::weights_from_scores(scores, count);
-        }
         // Filled up, so that asking for a whole tile of them is always right.
-        const T** const next_keys = slots[1 - now][0];
-        if (next_count)
-            for (int64_t i = next_count; i < KEY_TILE; ++i) next_keys[i] = next_keys[next_count - 1];
+        for (int64_t i = next_count; next_count && i < KEY_TILE; ++i) next_keys[i] = next_keys[next_count - 1];
+        int64_t firsts[4], lasts[4];
+        visible(call, call.kv_lengths[piece.request] - 1, tile, count, firsts, lasts);
+        for (int r = 1; r < 4; ++r) firsts[r] = firsts[0], lasts[r] = lasts[0];
         for (int64_t r = 0, some; r < rows; r += some) {
-            const auto* weights = (const typename Way::Weight*)(work.scores + r * KEY_TILE);
-            float* mixed = sums.mixed + r * value_dim;
-            const T* const* soon = r == 0 && next_count ? next_keys : nullptr;
+            const float* const queries = work.query + r * key_floats;
+            const Sums some_sums = {sums.largest + r, sums.total + r, sums.mixed + r * value_dim};
+            const T* const* const soon_values = r == 0 ? values : nullptr;
+            const T* const* const soon_keys = r == 0 && next_count ? next_keys : nullptr;
             some = rows_at_once(rows - r);
             if (some == 3)
-                Way::template mix<3>(weights, values, count, call.value_dim, mixed, value_dim, soon, call.key_dim);
+                attend_tile<3, T, Way>(call, queries, keys, values, count, firsts, lasts, work.scores, some_sums,
+                                       soon_values, soon_keys);
             else if (some == 2)
-                Way::template mix<2>(weights, values, count, call.value_dim, mixed, value_dim, soon, call.key_dim);
+                attend_tile<2, T, Way>(call, queries, keys, values, count, firsts, lasts, work.scores, some_sums,
+                                       soon_values, soon_keys);
             else
-                Way::template mix<1>(weights, values, count, call.value_dim, mixed, value_dim, soon, call.key_dim);
+                attend_tile<1, T, Way>(call, queries, keys, values, count, firsts, lasts, work.scores, some_sums,
+                                       soon_values, soon_keys);
         }
     }
 }
@@ -389,12 +416,8 @@ DUOPOOL_INLINE void attend_staged(const AttentionCall& call, const Piece& piece,
             for (int64_t key = 0; key < last_seen; key += CHUNK)
                 multiply(work.query + r * key_dim, key_dim, work.turned_keys + key, KEY_TILE, key_dim, work.scores + key,
                          KEY_TILE, false);
-            for (int64_t i = 0; i < some; ++i) {
-                const int64_t row = r + i;
-                const float shrink = weigh(call, 1, work.scores + i * KEY_TILE, firsts[i], lasts[i], last_seen,
-                                           sums.largest + row, sums.total + row);
-                if (shrink != 1) shrink_row(sums.mixed + row * value_dim, value_dim, shrink);
-            }
+            weigh_rows<float>(call, 1, work.scores, firsts, lasts, last_seen, some,
+                              {sums.largest + r, sums.total + r, sums.mixed + r * value_dim}, value_dim);
             for (int64_t chunk = 0; chunk < value_dim; chunk += CHUNK)
                 multiply(work.scores, KEY_TILE, work.values + chunk, value_dim, last_seen,
                          sums.mixed + r * value_dim + chunk, value_dim, true);
