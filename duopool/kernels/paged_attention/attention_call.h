@@ -31,9 +31,10 @@ struct AttentionCall {
     int32_t isa, is_bfloat16, num_threads;
 };
 
-// Rows [first_row, first_row + num_rows) of one request and KV head against keys [first_key, last_key).
+// Rows [first_row, first_row + num_rows) of one request against keys [first_key, last_key). Several KV heads, which are then
+// all of them, only for one token: their rows follow each other.
 struct Piece {
-    int32_t request, kv_head;
+    int32_t request, kv_head, num_kv_heads;
     int32_t first_row, num_rows;
     int32_t first_key, last_key;
     int64_t partial;  // place of its sums when the keys were split over several pieces, else -1
@@ -49,3 +50,11 @@ struct Split {
 constexpr int64_t KEY_TILE = 64;   // keys whose scores are held at once
 constexpr int64_t ROW_TILE = 192;  // rows that share one turning-around of a key tile
 constexpr int64_t FEW_ROWS = 16;   // up to here a single token's keys are read straight from their pages
+
+inline int64_t group_of(const AttentionCall& call) { return call.num_heads / call.num_kv_heads; }
+
+// One token's rows read keys where they lie, if they are few. The tokens of a chunk all go the other way, however short the
+// chunk is: a prompt's bits are the same wherever it is cut.
+inline bool is_in_place(const AttentionCall& call, int64_t request) {
+    return group_of(call) <= FEW_ROWS && call.query_starts[request + 1] - call.query_starts[request] == 1;
+}

@@ -26,9 +26,8 @@ DUOPOOL_INLINE void pair_rows(Words first, Words second, Words& even, Words& odd
 
 // mixed[R] = mixed[R] * shrinks[R] + weights[R][count] * values[count] over C chunks of columns; rows of weights are 2 * KEY_TILE apart.
 template <int R, int C>
-DUOPOOL_INLINE void mix_pair_chunks(const Bfloat16* weights, const Bfloat16* const* values, int64_t count, int64_t dim,
-                                    int64_t chunk, const float* shrinks, float* mixed, int64_t mixed_stride,
-                                    const Bfloat16* const* soon, int64_t soon_dim) {
+DUOPOOL_INLINE void mix_pair_chunks(const Bfloat16* weights, Slots<Bfloat16> values, int64_t chunk,
+                                    const float* shrinks, float* mixed, int64_t mixed_stride, Ahead<Bfloat16>* ahead) {
     Floats sums[R][2 * C];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
@@ -38,14 +37,14 @@ DUOPOOL_INLINE void mix_pair_chunks(const Bfloat16* weights, const Bfloat16* con
             sums[r][2 * c] *= shrinks[r];
             sums[r][2 * c + 1] *= shrinks[r];
         }
-    for (int64_t key = 0; key < count; key += 2) {
-        if (soon) prefetch(soon + key, 2, soon_dim);
+    for (int64_t key = 0; key < values.count; key += 2) {
+        ask(ahead, 2 * lines_of<Bfloat16>(values.dim));
+        const Bfloat16 *const one = values.rows[key] + values.offset, *const two = values.rows[key + 1] + values.offset;
 #pragma GCC unroll 2
         for (int c = 0; c < C; ++c) {
-            const Words first = load_pairs(values[key], dim, chunk + c * CHUNK);
-            const Words second = load_pairs(values[key + 1], dim, chunk + c * CHUNK);
             Words even, odd;
-            pair_rows(first, second, even, odd);
+            pair_rows(load_pairs(one, values.dim, chunk + c * CHUNK), load_pairs(two, values.dim, chunk + c * CHUNK), even,
+                      odd);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 uint32_t pair;
@@ -63,16 +62,15 @@ DUOPOOL_INLINE void mix_pair_chunks(const Bfloat16* weights, const Bfloat16* con
 }
 
 template <int R>
-DUOPOOL_TARGET __attribute__((noinline)) void mix_pairs(const Bfloat16* weights, const Bfloat16* const* values,
-                                                        int64_t count, int64_t dim, const float* shrinks, float* mixed,
-                                                        int64_t mixed_stride, const Bfloat16* const* soon,
-                                                        int64_t soon_dim) {
-    for (int64_t chunk = 0, step; chunk < dim; chunk += step, soon = nullptr) {
-        step = chunk + 2 * CHUNK <= dim ? 2 * CHUNK : CHUNK;
+DUOPOOL_TARGET __attribute__((noinline)) void mix_pairs(const Bfloat16* weights, Slots<Bfloat16> values,
+                                                        const float* shrinks, float* mixed, int64_t mixed_stride,
+                                                        Ahead<Bfloat16>* ahead) {
+    for (int64_t chunk = 0, step; chunk < values.dim; chunk += step, ahead = nullptr) {
+        step = chunk + 2 * CHUNK <= values.dim ? 2 * CHUNK : CHUNK;
         if (step == 2 * CHUNK)
-            mix_pair_chunks<R, 2>(weights, values, count, dim, chunk, shrinks, mixed, mixed_stride, soon, soon_dim);
+            mix_pair_chunks<R, 2>(weights, values, chunk, shrinks, mixed, mixed_stride, ahead);
         else
-            mix_pair_chunks<R, 1>(weights, values, count, dim, chunk, shrinks, mixed, mixed_stride, soon, soon_dim);
+            mix_pair_chunks<R, 1>(weights, values, chunk, shrinks, mixed, mixed_stride, ahead);
     }
 }
 
@@ -82,12 +80,12 @@ struct Dots {
     typedef Bfloat16 Weight;
     static float factor(const AttentionCall& call) { return call.scale; }
     template <int R>
-    DUOPOOL_INLINE void add_products(const Bfloat16* query, int64_t query_stride, const Bfloat16* const* keys,
-                                     int64_t dim, Floats (&sums)[R][4]) {
-        for (int64_t chunk = 0; chunk < dim; chunk += CHUNK) {
+    DUOPOOL_INLINE void add_products(const Bfloat16* query, int64_t query_stride, Slots<Bfloat16> keys,
+                                     int64_t first, Floats (&sums)[R][4]) {
+        for (int64_t chunk = 0; chunk < keys.dim; chunk += CHUNK) {
 #pragma GCC unroll 4
             for (int key = 0; key < 4; ++key) {
-                const Words pairs = load_pairs(keys[key], dim, chunk);
+                const Words pairs = load_pairs(keys.rows[first + key] + keys.offset, keys.dim, chunk);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r)
                     sums[r][key] =
@@ -96,10 +94,9 @@ struct Dots {
         }
     }
     template <int R>
-    DUOPOOL_INLINE void mix(const Bfloat16* weights, const Bfloat16* const* values, int64_t count, int64_t dim,
-                            const float* shrinks, float* mixed, int64_t mixed_stride, const Bfloat16* const* soon,
-                            int64_t soon_dim) {
-        mix_pairs<R>(weights, values, count, dim, shrinks, mixed, mixed_stride, soon, soon_dim);
+    DUOPOOL_INLINE void mix(const Bfloat16* weights, Slots<Bfloat16> values, const float* shrinks, float* mixed,
+                            int64_t mixed_stride, Ahead<Bfloat16>* ahead) {
+        mix_pairs<R>(weights, values, shrinks, mixed, mixed_stride, ahead);
     }
 };
 
@@ -133,7 +130,7 @@ DUOPOOL_INLINE void stage_pairs(const AttentionCall& call, const Bfloat16* const
 // Many rows: as attend_staged.
 DUOPOOL_INLINE void attend_staged_dots(const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
     const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim), rows = piece.num_rows;
-    const int64_t group = call.num_heads / call.num_kv_heads;
+    const int64_t group = group_of(call);
     const int64_t num_queries = call.query_starts[piece.request + 1] - call.query_starts[piece.request];
     const int64_t first_position = call.kv_lengths[piece.request] - num_queries;
     const Bfloat16 *keys[KEY_TILE], *values[KEY_TILE], *query = (const Bfloat16*)work.query;

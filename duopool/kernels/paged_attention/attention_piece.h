@@ -51,9 +51,9 @@ DUOPOOL_INLINE void load_chunk(const T* row, int64_t dim, int64_t chunk, Floats&
 // One row's query.
 template <class T>
 DUOPOOL_INLINE const T* query_of(const AttentionCall& call, const Piece& piece, int64_t row) {
-    const int64_t group = call.num_heads / call.num_kv_heads;
-    return (const T*)call.query + (call.query_starts[piece.request] + row / group) * call.query_token_stride +
-           (piece.kv_head * group + row % group) * call.query_head_stride;
+    const int64_t heads = group_of(call) * piece.num_kv_heads;
+    return (const T*)call.query + (call.query_starts[piece.request] + row / heads) * call.query_token_stride +
+           (piece.kv_head * group_of(call) + row % heads) * call.query_head_stride;
 }
 
 // The rows' queries times the scale, [rows][padded D] in pair order.
@@ -72,7 +72,7 @@ DUOPOOL_INLINE void stage_query(const AttentionCall& call, const Piece& piece, f
     }
 }
 
-// Pointers to the keys and values at positions [first, first + count).
+// Pointers to the keys and values at positions [first, first + count), of the piece's first KV head.
 template <class T>
 DUOPOOL_INLINE void find_slots(const AttentionCall& call, const Piece& piece, int64_t first, int64_t count,
                                const T** keys, const T** values) {
@@ -87,15 +87,6 @@ DUOPOOL_INLINE void find_slots(const AttentionCall& call, const Piece& piece, in
             values[i] = value + offset * call.value_slot_stride;
         }
     }
-}
-
-// The same for the tile of a piece that begins at `first`; returns how many keys it has.
-template <class T>
-DUOPOOL_INLINE int64_t find_tile(const AttentionCall& call, const Piece& piece, int64_t first, const T** keys,
-                                 const T** values) {
-    const int64_t count = piece.last_key - first < KEY_TILE ? piece.last_key - first : KEY_TILE;
-    find_slots(call, piece, first, count, keys, values);
-    return count;
 }
 
 // Positions [*first, *last) that a row sees within the tile of `count` keys at `tile`, relative to the tile.
@@ -143,7 +134,8 @@ DUOPOOL_INLINE void weigh(const AttentionCall& call, float factor, float* scores
         for (int r = 0; r < R; ++r) most[r] = larger(load(scores + r * KEY_TILE + i), most[r]);
     }
     constexpr int LAST = R - 1, SECOND = LAST < 1 ? LAST : 1, THIRD = LAST < 2 ? LAST : 2;
-    const Floats largest_now = merged_lanes<LARGEST>(merged_quads<LARGEST>(most[0], most[SECOND], most[THIRD], most[LAST]));
+    const Floats largest_now =
+        merged_lanes<LARGEST>(merged_quads<LARGEST>(most[0], most[SECOND], most[THIRD], most[LAST]));
     const Floats after = larger(before, largest_now), shrink = exponential(before - after);
     for (int64_t i = 0; i < end; i += WIDTH) {
 #pragma GCC unroll 4
@@ -187,31 +179,76 @@ DUOPOOL_INLINE void clear(Sums& sums, int64_t rows, int64_t dim) {
     __builtin_memset(sums.mixed, 0, rows * dim * sizeof(float));
 }
 
-// Asks for rows that are needed soon: pages are too short and too scattered for the hardware to guess the next one. Spread
-// over the arithmetic, a few lines at a time; more at once would only wait for each other. Into the second cache: the
-// first one can wait for too few lines at once to keep up with the memory.
+// Asks for a tile that is needed soon, in the order in which memory holds it: pages are too short and too scattered for the
+// hardware to guess the next one. Spread over the arithmetic, a few lines at a time; more at once would only wait for each
+// other. Into the second cache: the first one can wait for too few lines at once to keep up with the memory.
 template <class T>
-DUOPOOL_INLINE void prefetch(const T* const* rows, int64_t count, int64_t dim) {
-    for (int64_t i = 0; i < count; ++i)
-        for (int64_t at = 0; at < dim; at += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows[i] + at, 0, 2);
+struct Ahead {
+    const AttentionCall& call;
+    const Piece& piece;
+    int64_t page, last_key;
+    int64_t run = 0;  // of those of the page: each head's keys, then each head's values
+    const char *line = nullptr, *end = nullptr;
+};
+
+template <class T>
+DUOPOOL_INLINE bool find_run(Ahead<T>& ahead) {
+    const AttentionCall& call = ahead.call;
+    const int64_t heads = ahead.piece.num_kv_heads;
+    if (ahead.run == 2 * heads) ++ahead.page, ahead.run = 0;
+    const int64_t first = ahead.page * call.block_size, left = ahead.last_key - first;
+    if (left <= 0) return false;
+    const int64_t block = call.block_tables[ahead.piece.request * call.block_table_stride + ahead.page];
+    const int64_t head = ahead.piece.kv_head + ahead.run % heads, slots = left < call.block_size ? left : call.block_size;
+    const T *from, *to;
+    if (ahead.run < heads) {
+        from = (const T*)call.keys + block * call.key_block_stride + head * call.key_head_stride;
+        to = from + slots * call.key_slot_stride;
+    } else {
+        from = (const T*)call.values + block * call.value_block_stride + head * call.value_head_stride;
+        to = from + slots * call.value_slot_stride;
+    }
+    ahead.line = (const char*)from;
+    ahead.end = (const char*)to;
+    ++ahead.run;
+    return true;
 }
 
-// scores[R][count] of R rows, times `factor`; `keys` is filled up to a multiple of WIDTH. Several keys' sums are added up
-// over their lanes at once.
+// The next lines, each of 64 bytes; `ahead` may be null.
+template <class T>
+DUOPOOL_INLINE void ask(Ahead<T>* ahead, int64_t lines) {
+    for (; ahead && lines > 0; --lines, ahead->line += 64) {
+        if (ahead->line >= ahead->end && !find_run(*ahead)) return;
+        __builtin_prefetch(ahead->line, 0, 2);
+    }
+}
+
+// `count` keys or values of `dim`, each `offset` behind its pointer.
+template <class T>
+struct Slots {
+    const T* const* rows;
+    int64_t offset, count, dim;
+};
+
+template <class T>
+DUOPOOL_INLINE int64_t lines_of(int64_t dim) { return (dim * (int64_t)sizeof(T) + 63) / 64; }
+
+// scores[R][count] of R rows, times `factor`; the keys' pointers are filled up to a multiple of WIDTH. Several keys' sums are
+// added up over their lanes at once.
 template <int R, class Way, class T>
 DUOPOOL_TARGET __attribute__((noinline)) void score_tile(const typename Way::Query* query, int64_t query_stride,
-                                                         const T* const* keys, int64_t count, int64_t dim, float factor,
-                                                         float* scores, const T* const* soon, int64_t soon_dim) {
-    for (int64_t first = 0; first < count; first += WIDTH) {
+                                                         Slots<T> keys, float factor, float* scores,
+                                                         Ahead<T>* ahead) {
+    for (int64_t first = 0; first < keys.count; first += WIDTH) {
         Floats quads[R][WIDTH / 4];
 #pragma GCC unroll 1
         for (int quad = 0; quad < WIDTH / 4; ++quad) {
-            const int64_t key = first + 4 * quad;
-            if (soon) prefetch(soon + key, 4, soon_dim);
+            ask(ahead, 4 * lines_of<T>(keys.dim));
             Floats sums[R][4] = {};
-            Way::template add_products<R>(query, query_stride, keys + key, dim, sums);
+            Way::template add_products<R>(query, query_stride, keys, first + 4 * quad, sums);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) quads[r][quad] = merged_quads<ADD>(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+            for (int r = 0; r < R; ++r)
+                quads[r][quad] = merged_quads<ADD>(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) store(scores + r * KEY_TILE + first, joined_sums(quads[r]) * factor);
@@ -220,8 +257,8 @@ DUOPOOL_TARGET __attribute__((noinline)) void score_tile(const typename Way::Que
 
 // mixed[R] = mixed[R] * shrinks[R] + weights[R][count] * values[count], PAIRS chunks of columns at once.
 template <int R, int PAIRS, bool WHOLE, class T>
-DUOPOOL_INLINE void mix_chunks(const float* weights, const T* const* values, int64_t count, int64_t dim, int64_t chunk,
-                               const float* shrinks, float* mixed, int64_t mixed_stride) {
+DUOPOOL_INLINE void mix_chunks(const float* weights, Slots<T> values, int64_t chunk, const float* shrinks,
+                               float* mixed, int64_t mixed_stride) {
     Floats sums[R][2 * PAIRS];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -232,14 +269,15 @@ DUOPOOL_INLINE void mix_chunks(const float* weights, const T* const* values, int
             sums[r][2 * p + 1] *= shrinks[r];
         }
     }
-    for (int64_t key = 0; key < count; ++key) {
+    for (int64_t key = 0; key < values.count; ++key) {
+        const T* const row = values.rows[key] + values.offset + chunk;
 #pragma GCC unroll 2
         for (int p = 0; p < PAIRS; ++p) {
             Floats a, b;
             if (WHOLE)
-                load_pair(values[key] + chunk + p * CHUNK, a, b);
+                load_pair(row + p * CHUNK, a, b);
             else
-                load_partial_pair(values[key] + chunk, dim - chunk, a, b);
+                load_partial_pair(row, values.dim - chunk, a, b);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const Floats weight = fill(weights[r * KEY_TILE + key]);
@@ -257,16 +295,17 @@ DUOPOOL_INLINE void mix_chunks(const float* weights, const T* const* values, int
 }
 
 template <int R, class T>
-DUOPOOL_TARGET __attribute__((noinline)) void mix_values(const float* weights, const T* const* values, int64_t count,
-                                                         int64_t dim, const float* shrinks, float* mixed,
-                                                         int64_t mixed_stride, const T* const* soon, int64_t soon_dim) {
+DUOPOOL_TARGET __attribute__((noinline)) void mix_values(const float* weights, Slots<T> values,
+                                                         const float* shrinks, float* mixed, int64_t mixed_stride,
+                                                         Ahead<T>* ahead) {
+    const int64_t dim = values.dim;
     int64_t chunk = 0;
-    if (soon) prefetch(soon, KEY_TILE, soon_dim);
+    ask(ahead, KEY_TILE * lines_of<T>(dim));
     for (; chunk + 2 * CHUNK <= dim; chunk += 2 * CHUNK)
-        mix_chunks<R, 2, true>(weights, values, count, dim, chunk, shrinks, mixed, mixed_stride);
+        mix_chunks<R, 2, true>(weights, values, chunk, shrinks, mixed, mixed_stride);
     for (; chunk + CHUNK <= dim; chunk += CHUNK)
-        mix_chunks<R, 1, true>(weights, values, count, dim, chunk, shrinks, mixed, mixed_stride);
-    if (chunk < dim) mix_chunks<R, 1, false>(weights, values, count, dim, chunk, shrinks, mixed, mixed_stride);
+        mix_chunks<R, 1, true>(weights, values, chunk, shrinks, mixed, mixed_stride);
+    if (chunk < dim) mix_chunks<R, 1, false>(weights, values, chunk, shrinks, mixed, mixed_stride);
 }
 
 // How few rows meet keys and values: expanded to float32, T being whatever it is. See attention_dots.h for the other way.
@@ -276,13 +315,13 @@ struct Expanded {
     typedef float Weight;
     static float factor(const AttentionCall&) { return 1; }  // the queries have the scale in them
     template <int R>
-    DUOPOOL_INLINE void add_products(const float* query, int64_t query_stride, const T* const* keys, int64_t dim,
+    DUOPOOL_INLINE void add_products(const float* query, int64_t query_stride, Slots<T> keys, int64_t first,
                                      Floats (&sums)[R][4]) {
-        for (int64_t chunk = 0; chunk < dim; chunk += CHUNK) {
+        for (int64_t chunk = 0; chunk < keys.dim; chunk += CHUNK) {
 #pragma GCC unroll 4
             for (int key = 0; key < 4; ++key) {
                 Floats a, b;
-                load_chunk(keys[key], dim, chunk, a, b);
+                load_chunk(keys.rows[first + key] + keys.offset, keys.dim, chunk, a, b);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
                     sums[r][key] += load(query + r * query_stride + chunk) * a;
@@ -292,73 +331,75 @@ struct Expanded {
         }
     }
     template <int R>
-    DUOPOOL_INLINE void mix(const float* weights, const T* const* values, int64_t count, int64_t dim,
-                            const float* shrinks, float* mixed, int64_t mixed_stride, const T* const* soon,
-                            int64_t soon_dim) {
-        mix_values<R>(weights, values, count, dim, shrinks, mixed, mixed_stride, soon, soon_dim);
+    DUOPOOL_INLINE void mix(const float* weights, Slots<T> values, const float* shrinks, float* mixed,
+                            int64_t mixed_stride, Ahead<T>* ahead) {
+        mix_values<R>(weights, values, shrinks, mixed, mixed_stride, ahead);
     }
 };
 
-// R rows of one token meet a tile. `soon_values` are this tile's if they are to be asked for, `soon_keys` those of the next one.
-template <int R, class T, class Way>
-DUOPOOL_INLINE void attend_tile(const AttentionCall& call, const float* queries, const T* const* keys,
-                                const T* const* values, int64_t count, const int64_t* firsts, const int64_t* lasts,
-                                float* scores, Sums sums, const T* const* soon_values, const T* const* soon_keys) {
-    const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim);
-    float shrinks[R];
-    score_tile<R, Way>((const typename Way::Query*)queries, key_dim, keys, count, call.key_dim, Way::factor(call), scores,
-                       soon_values, call.value_dim);
-    weigh<R, typename Way::Weight>(call, 1, scores, firsts, lasts, count, sums.largest, sums.total, shrinks);
-    Way::template mix<R>((const typename Way::Weight*)scores, values, count, call.value_dim, shrinks, sums.mixed,
-                         value_dim, soon_keys, call.key_dim);
+// What one token meets in a tile: pointers to the keys and values of the piece's first KV head, and those that it sees.
+template <class T>
+struct Tile {
+    const T *keys[KEY_TILE], *values[KEY_TILE];
+    int64_t count, firsts[4], lasts[4];  // the same for all rows
+};
+
+template <class T>
+DUOPOOL_INLINE void find_tile(const AttentionCall& call, const Piece& piece, int64_t first, Tile<T>& tile) {
+    tile.count = piece.last_key - first < KEY_TILE ? piece.last_key - first : KEY_TILE;
+    find_slots(call, piece, first, tile.count, tile.keys, tile.values);
+    for (int64_t i = tile.count; i % WIDTH; ++i) {
+        tile.keys[i] = tile.keys[tile.count - 1];
+        tile.values[i] = tile.values[tile.count - 1];
+    }
+    for (int r = 0; r < 4; ++r)
+        visible(call, call.kv_lengths[piece.request] - 1, first, tile.count, tile.firsts + r, tile.lasts + r);
 }
 
 // Rows that are taken at once, of those that are left.
 DUOPOOL_INLINE int64_t rows_at_once(int64_t left) { return left == 4 ? 2 : left < 3 ? left : 3; }
 
-// One token's rows, if they are few: keys and values are read where they lie. `after` is what this thread is likely to do
-// next, or null.
+// R rows of the piece's KV head `head`.
+template <int R, class T, class Way>
+DUOPOOL_INLINE void attend_tile(const AttentionCall& call, const float* queries, const Tile<T>& tile, int64_t head,
+                                float* scores, Sums sums, Ahead<T>* ahead) {
+    const int64_t value_dim = padded(call.value_dim);
+    const Slots<T> keys = {tile.keys, head * call.key_head_stride, tile.count, call.key_dim};
+    const Slots<T> values = {tile.values, head * call.value_head_stride, tile.count, call.value_dim};
+    float shrinks[R];
+    score_tile<R, Way>((const typename Way::Query*)queries, padded(call.key_dim), keys, Way::factor(call), scores, ahead);
+    weigh<R, typename Way::Weight>(call, 1, scores, tile.firsts, tile.lasts, tile.count, sums.largest, sums.total, shrinks);
+    Way::template mix<R>((const typename Way::Weight*)scores, values, shrinks, sums.mixed, value_dim, ahead);
+}
+
+// One token's rows, a few for each KV head: keys and values are read where they lie. `after` is what this thread is likely
+// to do next, or null.
 template <class T, class Way>
 DUOPOOL_INLINE void attend_in_place(const AttentionCall& call, const Piece& piece, const Piece* after, Workspace& work,
                                     Sums& sums) {
     const int64_t key_floats = padded(call.key_dim) * sizeof(typename Way::Query) / sizeof(float);
-    const int64_t value_dim = padded(call.value_dim), rows = piece.num_rows;
-    const T *slots[2][2][KEY_TILE];  // this tile and the next one: keys, values
-    int64_t next_count = find_tile(call, piece, piece.first_key, slots[0][0], slots[0][1]);
-    int now = 1;
-    for (int64_t tile = piece.first_key; tile < piece.last_key; tile += KEY_TILE) {
-        now = 1 - now;
-        const T **keys = slots[now][0], **values = slots[now][1], **next_keys = slots[1 - now][0];
-        const int64_t count = next_count, next = tile + KEY_TILE;
-        next_count = 0;
-        if (next < piece.last_key)
-            next_count = find_tile(call, piece, next, next_keys, slots[1 - now][1]);
-        else if (after)
-            next_count = find_tile(call, *after, after->first_key, next_keys, slots[1 - now][1]);
-        for (int64_t i = count; i % WIDTH; ++i) {
-            keys[i] = keys[count - 1];
-            values[i] = values[count - 1];
-        }
-        // Filled up, so that asking for a whole tile of them is always right.
-        for (int64_t i = next_count; next_count && i < KEY_TILE; ++i) next_keys[i] = next_keys[next_count - 1];
-        int64_t firsts[4], lasts[4];
-        visible(call, call.kv_lengths[piece.request] - 1, tile, count, firsts, lasts);
-        for (int r = 1; r < 4; ++r) firsts[r] = firsts[0], lasts[r] = lasts[0];
-        for (int64_t r = 0, some; r < rows; r += some) {
-            const float* const queries = work.query + r * key_floats;
-            const Sums some_sums = {sums.largest + r, sums.total + r, sums.mixed + r * value_dim};
-            const T* const* const soon_values = r == 0 ? values : nullptr;
-            const T* const* const soon_keys = r == 0 && next_count ? next_keys : nullptr;
-            some = rows_at_once(rows - r);
-            if (some == 3)
-                attend_tile<3, T, Way>(call, queries, keys, values, count, firsts, lasts, work.scores, some_sums,
-                                       soon_values, soon_keys);
-            else if (some == 2)
-                attend_tile<2, T, Way>(call, queries, keys, values, count, firsts, lasts, work.scores, some_sums,
-                                       soon_values, soon_keys);
-            else
-                attend_tile<1, T, Way>(call, queries, keys, values, count, firsts, lasts, work.scores, some_sums,
-                                       soon_values, soon_keys);
+    const int64_t value_dim = padded(call.value_dim), group = group_of(call);
+    Tile<T> tile;
+    for (int64_t first = piece.first_key; first < piece.last_key; first += KEY_TILE) {
+        find_tile(call, piece, first, tile);
+        const bool is_last = first + KEY_TILE >= piece.last_key;
+        const Piece& next = is_last && after ? *after : piece;
+        const int64_t soon = is_last && after ? after->first_key : first + KEY_TILE;
+        const int64_t last_soon = next.last_key < soon + KEY_TILE ? next.last_key : soon + KEY_TILE;
+        Ahead<T> ahead = {call, next, soon / call.block_size, last_soon};
+        for (int64_t head = 0, r = 0, some; head < piece.num_kv_heads; ++head) {
+            for (int64_t end = r + group; r < end; r += some) {
+                const float* const queries = work.query + r * key_floats;
+                const Sums some_sums = {sums.largest + r, sums.total + r, sums.mixed + r * value_dim};
+                Ahead<T>* const asked = r == head * group ? &ahead : nullptr;
+                some = rows_at_once(end - r);
+                if (some == 3)
+                    attend_tile<3, T, Way>(call, queries, tile, head, work.scores, some_sums, asked);
+                else if (some == 2)
+                    attend_tile<2, T, Way>(call, queries, tile, head, work.scores, some_sums, asked);
+                else
+                    attend_tile<1, T, Way>(call, queries, tile, head, work.scores, some_sums, asked);
+            }
         }
     }
 }
@@ -394,7 +435,7 @@ DUOPOOL_INLINE void stage_tile(const AttentionCall& call, const T* const* keys, 
 template <class T>
 DUOPOOL_INLINE void attend_staged(const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
     const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim), rows = piece.num_rows;
-    const int64_t group = call.num_heads / call.num_kv_heads;
+    const int64_t group = group_of(call);
     const int64_t num_queries = call.query_starts[piece.request + 1] - call.query_starts[piece.request];
     const int64_t first_position = call.kv_lengths[piece.request] - num_queries;
     const T *keys[KEY_TILE], *values[KEY_TILE];
@@ -428,9 +469,9 @@ DUOPOOL_INLINE void attend_staged(const AttentionCall& call, const Piece& piece,
 // Divide by the sum of exponentials, the sink's included, and write the rows out.
 template <class T>
 DUOPOOL_INLINE void write_rows(const AttentionCall& call, const Piece& piece, Sums& sums) {
-    const int64_t group = call.num_heads / call.num_kv_heads, dim = padded(call.value_dim);
+    const int64_t heads = group_of(call) * piece.num_kv_heads, dim = padded(call.value_dim);
     for (int64_t r = 0; r < piece.num_rows; ++r) {
-        const int64_t row = piece.first_row + r, head = piece.kv_head * group + row % group;
+        const int64_t row = piece.first_row + r, head = piece.kv_head * group_of(call) + row % heads;
         float total = sums.total[r], factor = 1;
         if (call.sinks) {
             const float most = sums.largest[r] > call.sinks[head] ? sums.largest[r] : call.sinks[head];
@@ -438,7 +479,7 @@ DUOPOOL_INLINE void write_rows(const AttentionCall& call, const Piece& piece, Su
             total = total * factor + exponential(fill(call.sinks[head] - most))[0];
         }
         factor = total == 0 ? 0 : factor / total;
-        T* to = (T*)call.out + (call.query_starts[piece.request] + row / group) * call.out_token_stride +
+        T* to = (T*)call.out + (call.query_starts[piece.request] + row / heads) * call.out_token_stride +
                 head * call.out_head_stride;
         const float* mixed = sums.mixed + r * dim;
         for (int64_t chunk = 0; chunk < call.value_dim; chunk += CHUNK) {
@@ -455,17 +496,11 @@ DUOPOOL_INLINE void write_rows(const AttentionCall& call, const Piece& piece, Su
 #include "paged_attention/attention_dots.h"
 #endif
 
-// One token's rows read keys where they lie, if they are few. The tokens of a chunk all go the other way, however short the
-// chunk is: a prompt's bits are the same wherever it is cut.
-DUOPOOL_INLINE bool is_in_place(const AttentionCall& call, const Piece& piece) {
-    return piece.num_rows <= FEW_ROWS && call.query_starts[piece.request + 1] - call.query_starts[piece.request] == 1;
-}
-
 template <class T>
 DUOPOOL_INLINE void attend_rows(T, const AttentionCall& call, const Piece& piece, const Piece* after, Workspace& work,
                                 Sums& sums) {
     stage_query<T>(call, piece, work.query);
-    if (is_in_place(call, piece))
+    if (is_in_place(call, piece.request))
         attend_in_place<T, Expanded<T>>(call, piece, after, work, sums);
     else
         attend_staged<T>(call, piece, work, sums);
@@ -474,7 +509,7 @@ DUOPOOL_INLINE void attend_rows(T, const AttentionCall& call, const Piece& piece
 DUOPOOL_INLINE void attend_rows(Bfloat16, const AttentionCall& call, const Piece& piece, const Piece* after,
                                 Workspace& work, Sums& sums) {
     stage_query_pairs(call, piece, (Bfloat16*)work.query);
-    if (is_in_place(call, piece))
+    if (is_in_place(call, piece.request))
         attend_in_place<Bfloat16, Dots>(call, piece, after, work, sums);
     else
         attend_staged_dots(call, piece, work, sums);

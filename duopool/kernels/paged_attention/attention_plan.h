@@ -13,6 +13,9 @@ constexpr int64_t PAIRS_PER_THREAD = 4096;
 // that depend on nothing but a row's own position. So its bits are the same in any batch and on any number of threads.
 constexpr int64_t KEYS_PER_PART = 1024;
 
+// Fewer of them, and a thread may wait for the other's last one.
+constexpr int64_t PIECES_PER_THREAD = 4;
+
 enum Status : int32_t { DONE = 0, BAD_STARTS = 1, BAD_LENGTH = 2, BAD_BLOCK = 3 };
 
 struct Plan {
@@ -64,13 +67,32 @@ inline void cut_rows(const AttentionCall& call, Plan& plan) {
                 const int64_t last_key = length - queries + (end - 1) / group + 1;
                 const int64_t cost = (end - row) * (last_key - first_key);
                 for (int64_t kv_head = 0; kv_head < call.num_kv_heads; ++kv_head) {
-                    plan.pieces.push_back({(int32_t)request, (int32_t)kv_head, (int32_t)row, (int32_t)(end - row),
+                    plan.pieces.push_back({(int32_t)request, (int32_t)kv_head, 1, (int32_t)row, (int32_t)(end - row),
                                            (int32_t)first_key, (int32_t)last_key, -1, cost});
                     plan.cost += cost;
                 }
             }
         }
     }
+}
+
+// All heads of a token into one piece, if enough pieces are left to share out: it reads its pages whole, in the order of
+// memory, which brings a tenth more of them in the same time.
+inline void join_heads(const AttentionCall& call, Plan& plan) {
+    if (call.num_heads > ROW_TILE) return;
+    size_t num_kept = 0;
+    for (size_t i = 0; i < plan.pieces.size(); ++i) {
+        Piece piece = plan.pieces[i];
+        const int64_t keys = std::min<int64_t>(piece.last_key - piece.first_key, KEYS_PER_PART);
+        if (is_in_place(call, piece.request) && PIECES_PER_THREAD * call.num_threads * call.num_heads * keys <= plan.cost) {
+            piece.num_kv_heads = (int32_t)call.num_kv_heads;
+            piece.num_rows = (int32_t)call.num_heads;
+            piece.cost *= call.num_kv_heads;
+            i += call.num_kv_heads - 1;
+        }
+        plan.pieces[num_kept++] = piece;
+    }
+    plan.pieces.resize(num_kept);
 }
 
 // Pieces of many keys into parts.
@@ -105,6 +127,7 @@ inline int64_t cut_pieces(const AttentionCall& call, int64_t floats_per_row, Pla
     plan.splits.clear();
     plan.partial_floats = plan.cost = 0;
     cut_rows(call, plan);
+    join_heads(call, plan);
     cut_keys(floats_per_row, plan);
     const int64_t num_threads = std::clamp<int64_t>(plan.cost / PAIRS_PER_THREAD, 1, call.num_threads);
     if (num_threads > 1)
