@@ -39,12 +39,14 @@ def test_agrees_with_the_reference(name: str, case: AttentionCase) -> None:
 @pytest.mark.parametrize("name", sorted(ATTENTIONS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_rows_and_long_contexts(name: str, dtype: torch.dtype) -> None:
-    """Several row tiles per request, tiles split over keys, and a group larger than a row tile."""
+    """Several row tiles per request, tiles split over keys, a group larger than a row tile, heads that go together."""
     case = replace(CASE, dtype=dtype, key_dim=64, value_dim=64, block_size=16)
     for changes in (
         {"requests": ((260, 130), (1, 700))},
         {"requests": ((1, 1500),), "window": 900},
         {"requests": ((3, 900),), "kv_heads": 1, "group": 200, "sinks": True},
+        {"requests": tuple((1, 9 * n) for n in range(20)), "kv_heads": 3, "group": 5, "key_dim": 40, "sinks": True},
+        {"requests": tuple((1, 100 + 9 * n) for n in range(12)), "window": 90, "soft_cap": 3.0},
     ):
         replace(case, **changes).check(ATTENTIONS[name])
 
@@ -62,7 +64,7 @@ def test_number_of_threads_does_not_matter(threads: int, monkeypatch: pytest.Mon
 def test_bits_of_a_decoding_row_are_the_same_in_any_batch_and_on_any_threads(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = (2500, 70, 1300)
+    lengths = (2500, 70, 1300, 1100, 30, 1024, 640, 900, 2000)  # enough for all heads of a token to go together
     case = replace(CASE, dtype=dtype, requests=tuple((1, n - 1) for n in lengths), key_dim=64, value_dim=64)
     (query, keys, values, tables, starts, kv_lengths), options = case.build()
     together = ops.paged_attention(query, keys, values, tables, starts, kv_lengths, **options)
