@@ -45,7 +45,7 @@ def visit(network: Network, model: str, folder: Path, *, transport: str) -> None
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part),
-        "UCX_TLS": "tcp",  # these hosts do share memory, and NIXL would find out
+        "UCX_TLS": "tcp",  # these hosts do share memory, and NIXL would find out; over TCP it refuses, and gRPC serves
     }
     ray = f"{BIN}/ray start --node-ip-address=ADDRESS --object-store-memory=80000000 --disable-usage-stats"
     start_head = f"{ray} --head --port={RAY_PORT} --num-cpus=0 --include-dashboard=false --temp-dir=$RAY_FOLDER"
@@ -73,7 +73,7 @@ def visit(network: Network, model: str, folder: Path, *, transport: str) -> None
     records = complete(address, [greedy_request(prompt, max_tokens=NUM_TOKENS) for prompt in prompts])
     pulled = sum(record.finished.times.transfer_bytes for record in records if record.finished is not None)
     over_cable = sum(hosts[name].bytes_received - received[name] for name in ("d1", "d2"))
-    print(f"pulled {pulled:,} bytes of KV over {transport}, {over_cable:,} came in over the decode hosts' cables")
+    print(f"pulled {pulled:,} bytes of KV with {transport}, {over_cable:,} came in over the decode hosts' cables")
     assert 0 < pulled < over_cable
     expected = [tuple(record.token_ids) for record in records]
 

@@ -35,6 +35,7 @@ class Script:
     def __init__(self) -> None:
         self.hanging: set[int] = set()
         self.breaking: set[int] = set()
+        self.refused: set[int] = set()
         self.source: FakeSource | None = None
         self.num_begun = 0
         self.has_begun = threading.Event()
@@ -59,6 +60,8 @@ class FakeAgent:
     def begin(self, peer: Any, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> Any:
         self.script.num_begun += 1
         self.script.has_begun.set()
+        if targets[0] in self.script.refused:
+            raise TransferFailed("the read could not begin")
         return tuple(sources), tuple(targets)
 
     def is_done(self, transfer: Any) -> bool:
@@ -143,6 +146,17 @@ def test_a_peer_that_keeps_breaking_is_read_over_grpc_alone(bed: Bed) -> None:
         assert begin(bed, lease_id, [1, 2], [3, 4]).result(PATIENCE_S).error == ""
     assert source.keeper.num_reads_begun == 4
     assert script.num_begun == 2
+
+
+def test_reads_that_are_held_back_and_then_refused_end_without_another_read(bed: Bed) -> None:
+    script, _, _, _ = bed
+    script.hanging, script.refused = {3}, {5, 7, 9}
+    healthy = begin(bed, 1, [1, 2], [3, 4])
+    assert script.has_begun.wait(PATIENCE_S)
+    refused = [begin(bed, lease_id, [1, 2], [target, target + 1]) for lease_id, target in ((2, 5), (3, 7), (4, 9))]
+    script.hanging.clear()
+    for outcome in (healthy, *refused):  # the first refusal fences the agent and holds the others back
+        outcome.result(PATIENCE_S)
 
 
 def test_a_source_without_an_agent_is_read_over_grpc(bed: Bed) -> None:

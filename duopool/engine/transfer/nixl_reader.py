@@ -151,7 +151,7 @@ class NixlReader:
                     step()
                 progress = self._poll()
                 sleep_s = SHORTEST_SLEEP_S if work or progress else min(2 * sleep_s, LONGEST_SLEEP_S)
-                if self._fenced and not self._in_flight:
+                while self._fenced and not self._in_flight:  # what was held back may be refused in its turn
                     self._replace_agent()
         finally:  # closed, or a bug: no read may wait forever
             self._end()
