@@ -1,8 +1,9 @@
 """Our CPU kernels beside torch's own operators, by median time: `python benchmarks/kernels.py [PART ...]`.
 
-Parts: bandwidth, attention, linear, sampling. Both sides take turns, so that a busy machine slows both. Shapes are
-those of SmolLM2-135M (9 query heads, 3 KV heads, head dim 64, hidden size 576). Weights and pages are cycled through,
-so that they come from memory, in huge pages as in a worker unless THP_MEM_ALLOC_ENABLE=0 says otherwise.
+Parts: bandwidth (decode attention beside reading as many bytes in order), attention, linear, sampling. Both sides take
+turns, so that a busy machine slows both. Shapes are those of SmolLM2-135M (9 query heads, 3 KV heads, head dim 64,
+hidden size 576). Weights and pages are cycled through, so that they come from memory, in huge pages as in a worker
+unless THP_MEM_ALLOC_ENABLE=0 says otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, cycle
+from itertools import cycle
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -33,7 +34,12 @@ IN_A_ROW = 5
 
 
 def compare(
-    name: str, ours: Callable[[], object], theirs: Callable[[], object], flops: float, num_bytes: float
+    name: str,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    flops: float,
+    num_bytes: float,
+    whose: str = "torch",
 ) -> None:
     """Print medians of alternating calls."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -49,7 +55,7 @@ def compare(
     mine, other = statistics.median(times[0]), statistics.median(times[1])
     print(
         f"{name:<42}{mine * 1e6:>10.0f} us{flops / mine / 1e9:>8.1f} GFLOP/s{num_bytes / mine / 1e9:>7.1f} GB/s"
-        f"{other * 1e6:>11.0f} us torch{other / mine:>8.2f} x",
+        f"{other * 1e6:>11.0f} us {whose}{other / mine:>8.2f} x",
         flush=True,
     )
 
@@ -65,9 +71,17 @@ def median_s(call: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def bench_bandwidth() -> None:
-    """The largest number of a gigabyte in a row: what memory gives who reads it in order."""
+    """The largest of as many numbers in a row as attention reads: the last column is its share of that speed."""
     numbers = torch.randint(1 << 30, (1 << 28,), dtype=torch.int32)
-    print(f"{'reading in order':<42}{numbers.nbytes / median_s(numbers.max, time.perf_counter) / 1e9:>39.1f} GB/s")
+    for dtype in (torch.bfloat16, torch.float32):
+        for requests, context in ((32, 256), (32, 1024), (4, 8192)):
+            paged = Paged(dtype, requests, 1, context)
+            pieces = cycle(numbers.split(paged.num_bytes // numbers.itemsize)[:-1])
+            compare(paged.name, paged.ours, partial(_largest_of_next, pieces), paged.flops, paged.num_bytes, "in order")
+
+
+def _largest_of_next(pieces: Iterator[torch.Tensor]) -> object:
+    return next(pieces).max()
 
 
 def bench_sampling() -> None:
@@ -111,42 +125,44 @@ def _each_in_turn(call: Callable[..., object], x: torch.Tensor, weights: Iterato
     return call(x, next(weights))
 
 
-def bench_attention(dtype: torch.dtype, requests: int, queries: int, context: int) -> None:
-    """Torch's side gathers the pages and calls its fused attention, as an eager paged model would."""
-    layers, blocks = 8, context // BLOCK
-    pages = torch.randn(requests * blocks, layers, 2, KV_HEADS, BLOCK, DIM).to(dtype)
-    tables = torch.randperm(requests * blocks).view(requests, blocks).int()
-    query = torch.randn(1, HEADS, requests * queries, DIM).to(dtype)
-    starts = torch.arange(0, requests * queries + 1, queries, dtype=torch.int32)
-    lengths = torch.full((requests,), context, dtype=torch.int32)
-    position = torch.arange(context - queries, context)[:, None]
-    mask = None if queries == 1 else torch.arange(context)[None] <= position
-    mine, other = count(), count()
+class Paged:
+    """Attention of `queries` last tokens of each request to `context`, over scattered pages of eight layers in turn."""
 
-    def ours() -> object:
-        layer = next(mine) % layers
-        flat = query[0].transpose(0, 1)
-        return ops.paged_attention(
-            flat, pages[:, layer, 0], pages[:, layer, 1], tables, starts, lengths, scale=DIM**-0.5
-        )
+    def __init__(self, dtype: torch.dtype, requests: int, queries: int, context: int) -> None:
+        self.name = f"attention {str(dtype)[6:]} {requests} x {queries} at {context}"
+        self.flops = 4.0 * requests * queries * (context - (queries - 1) / 2) * HEADS * DIM
+        self.num_bytes = 2 * requests * context * KV_HEADS * DIM * dtype.itemsize
+        blocks = context // BLOCK
+        self._sizes = requests, queries, context
+        self._pages = torch.randn(requests * blocks, 8, 2, KV_HEADS, BLOCK, DIM).to(dtype)
+        self._tables = torch.randperm(requests * blocks).view(requests, blocks).int()
+        self._query = torch.randn(1, HEADS, requests * queries, DIM).to(dtype)
+        self._starts = torch.arange(0, requests * queries + 1, queries, dtype=torch.int32)
+        self._lengths = torch.full((requests,), context, dtype=torch.int32)
+        position = torch.arange(context - queries, context)[:, None]
+        self._mask = None if queries == 1 else torch.arange(context)[None] <= position
+        self._layers = cycle(self._pages.unbind(1)), cycle(self._pages.unbind(1))
 
-    def theirs() -> object:
-        layer = next(other) % layers
-        rows = query.view(HEADS, requests, queries, DIM).transpose(0, 1)
+    def ours(self) -> object:
+        """Out of the pages."""
+        keys, values = next(self._layers[0]).unbind(1)
+        query = self._query[0].transpose(0, 1)
+        return ops.paged_attention(query, keys, values, self._tables, self._starts, self._lengths, scale=DIM**-0.5)
+
+    def torchs(self) -> object:
+        """Gathers the pages and calls torch's fused attention, as an eager paged model would."""
+        requests, queries, context = self._sizes
+        rows = self._query.view(HEADS, requests, queries, DIM).transpose(0, 1)
         key, value = (
-            pages[:, layer, side][tables.long()].transpose(1, 2).reshape(requests, KV_HEADS, context, DIM)
-            for side in (0, 1)
+            side[self._tables.long()].transpose(1, 2).reshape(requests, KV_HEADS, context, DIM)
+            for side in next(self._layers[1]).unbind(1)
         )
-        return scaled_dot_product_attention(rows, key, value, mask, scale=DIM**-0.5, enable_gqa=True)
+        return scaled_dot_product_attention(rows, key, value, self._mask, scale=DIM**-0.5, enable_gqa=True)
 
-    seen = context - (queries - 1) / 2
-    compare(
-        f"attention {str(dtype)[6:]} {requests} x {queries} at {context}",
-        ours,
-        theirs,
-        4.0 * requests * queries * seen * HEADS * DIM,
-        2.0 * requests * context * KV_HEADS * DIM * dtype.itemsize,
-    )
+
+def bench_attention(dtype: torch.dtype, requests: int, queries: int, context: int) -> None:
+    paged = Paged(dtype, requests, queries, context)
+    compare(paged.name, paged.ours, paged.torchs, paged.flops, paged.num_bytes)
 
 
 def main() -> None:
