@@ -258,7 +258,7 @@ DUOPOOL_TARGET __attribute__((noinline)) void score_tile(const typename Way::Que
 // mixed[R] = mixed[R] * shrinks[R] + weights[R][count] * values[count], PAIRS chunks of columns at once.
 template <int R, int PAIRS, bool WHOLE, class T>
 DUOPOOL_INLINE void mix_chunks(const float* weights, Slots<T> values, int64_t chunk, const float* shrinks,
-                               float* mixed, int64_t mixed_stride) {
+                               float* mixed, int64_t mixed_stride, Ahead<T>* ahead) {
     Floats sums[R][2 * PAIRS];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -270,6 +270,7 @@ DUOPOOL_INLINE void mix_chunks(const float* weights, Slots<T> values, int64_t ch
         }
     }
     for (int64_t key = 0; key < values.count; ++key) {
+        ask(ahead, lines_of<T>(values.dim));
         const T* const row = values.rows[key] + values.offset + chunk;
 #pragma GCC unroll 2
         for (int p = 0; p < PAIRS; ++p) {
@@ -298,14 +299,16 @@ template <int R, class T>
 DUOPOOL_TARGET __attribute__((noinline)) void mix_values(const float* weights, Slots<T> values,
                                                          const float* shrinks, float* mixed, int64_t mixed_stride,
                                                          Ahead<T>* ahead) {
-    const int64_t dim = values.dim;
-    int64_t chunk = 0;
-    ask(ahead, KEY_TILE * lines_of<T>(dim));
-    for (; chunk + 2 * CHUNK <= dim; chunk += 2 * CHUNK)
-        mix_chunks<R, 2, true>(weights, values, chunk, shrinks, mixed, mixed_stride);
-    for (; chunk + CHUNK <= dim; chunk += CHUNK)
-        mix_chunks<R, 1, true>(weights, values, chunk, shrinks, mixed, mixed_stride);
-    if (chunk < dim) mix_chunks<R, 1, false>(weights, values, chunk, shrinks, mixed, mixed_stride);
+    for (int64_t chunk = 0, step; chunk < values.dim; chunk += step, ahead = nullptr) {
+        const int64_t left = values.dim - chunk;
+        step = left >= 2 * CHUNK ? 2 * CHUNK : CHUNK;
+        if (left >= 2 * CHUNK)
+            mix_chunks<R, 2, true>(weights, values, chunk, shrinks, mixed, mixed_stride, ahead);
+        else if (left >= CHUNK)
+            mix_chunks<R, 1, true>(weights, values, chunk, shrinks, mixed, mixed_stride, ahead);
+        else
+            mix_chunks<R, 1, false>(weights, values, chunk, shrinks, mixed, mixed_stride, ahead);
+    }
 }
 
 // How few rows meet keys and values: expanded to float32, T being whatever it is. See attention_dots.h for the other way.
