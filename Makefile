@@ -21,7 +21,7 @@ CASES ?= 20000
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup reference demo test test-fast check chaos aborts fuzz overload simulate simulate-bugs model-check bench bench-drain proto format clean
+.PHONY: help setup reference demo test test-chaos test-fast check chaos aborts fuzz overload simulate simulate-bugs model-check bench bench-drain proto format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -34,6 +34,9 @@ demo: $(STAMP) ## Router, one prefill and one decode worker, eight prompts at on
 
 test: $(STAMP) ## Everyday tests, the end-to-end ones with the real model among them
 	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST_FLAGS)
+
+test-chaos: $(STAMP) ## 20 workers of each pool killed and stopped under verified streams: two minutes, in every CI run
+	@$(BIN)/python -m pytest -m slow tests/e2e/test_chaos.py $(PYTEST_FLAGS)
 
 test-fast: $(STAMP) ## Tests that start no serving system
 	@$(BIN)/python -m pytest -m 'not slow and not gpu and not e2e' $(PYTEST_FLAGS)

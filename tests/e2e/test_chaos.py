@@ -30,7 +30,7 @@ from duopool.core.types import Role
 from duopool.engine.failpoints import FOLDER_VARIABLE
 from duopool.proto import inference_pb2, inference_pb2_grpc
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_STREAMS = 16
 EVERYONE = {"prefill-0", "prefill-1", "decode-0", "decode-1"}
