@@ -29,6 +29,7 @@ import psutil
 from own_system import add_options, own_system
 
 from duopool.cluster.admin_access import admin_stub
+from duopool.cluster.measure import percentile
 from duopool.proto import inference_pb2 as pb
 from duopool.proto.status import read_status
 
@@ -46,8 +47,8 @@ class Outcome:
     good_at: list[float] = field(default_factory=list)
     """When requests finished in time."""
     ends: Counter[str] = field(default_factory=Counter)
-    refusals: list[tuple[float, float]] = field(default_factory=list)
-    """When each was sent, and seconds until it was refused."""
+    refusals_s: list[float] = field(default_factory=list)
+    """From sending a request to its refusal."""
     errors: list[grpc.RpcError] = field(default_factory=list)
     """The refusals, to be read when there is time for it."""
     late_s: list[float] = field(default_factory=list)
@@ -75,16 +76,15 @@ class Outcome:
         ]
         if self.late_s:
             lines.append(f"the client sent late by {spread(self.late_s)}")
-        if self.refusals:
-            lines.append(f"refused after {spread([took_s for _, took_s in self.refusals])}")
+        if self.refusals_s:
+            lines.append(f"refused after {spread(self.refusals_s)}")
         return "\n    ".join(lines)
 
 
 def spread(seconds: Sequence[float]) -> str:
     """Median, 99th percentile and longest, in milliseconds."""
-    ordered = sorted(seconds)
-    p50, p99 = (ordered[max(0, -(-share * len(ordered) // 100) - 1)] for share in (50, 99))
-    return f"p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, at most {ordered[-1] * 1e3:.0f} ms"
+    p50, p99 = percentile(seconds, 50), percentile(seconds, 99)
+    return f"p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, at most {max(seconds) * 1e3:.0f} ms"
 
 
 class Processes:
@@ -167,7 +167,7 @@ class Client:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 outcome.ends["refused"] += 1
-                outcome.refusals.append((sent_at - outcome.began_at, time.monotonic() - sent_at))
+                outcome.refusals_s.append(time.monotonic() - sent_at)
                 outcome.errors.append(error.with_traceback(None))
             else:
                 outcome.ends[f"{error.code().name} {'begun' if is_accepted else 'waiting'}"] += 1

@@ -124,19 +124,24 @@ DUOPOOL_INLINE Floats swapped(Floats value) {
     return __builtin_shuffle(value, lanes);
 }
 
-template <int HALF = WIDTH / 2>
-DUOPOOL_INLINE float largest(Floats value) {
-    value = larger(value, swapped<HALF>(value));
-    if constexpr (HALF > 1) return largest<HALF / 2>(value);
-    return value[0];
+// Which way lanes are brought together.
+enum Merge { ADD, LARGEST };
+template <Merge HOW>
+DUOPOOL_INLINE Floats merged(Floats a, Floats b) {
+    if constexpr (HOW == ADD) return a + b;
+    else return larger(a, b);
 }
 
-template <int HALF = WIDTH / 2>
-DUOPOOL_INLINE float sum(Floats value) {
-    value += swapped<HALF>(value);
-    if constexpr (HALF > 1) return sum<HALF / 2>(value);
-    return value[0];
+// Brings all lanes together, by halves, until LEAST are left: the lowest ones.
+template <Merge HOW, int LEAST, int HALF = WIDTH / 2>
+DUOPOOL_INLINE Floats merged_lanes(Floats value) {
+    if constexpr (HALF < LEAST) return value;
+    else return merged_lanes<HOW, LEAST, HALF / 2>(merged<HOW>(value, swapped<HALF>(value)));
 }
+
+DUOPOOL_INLINE float largest(Floats value) { return merged_lanes<LARGEST, 1>(value)[0]; }
+
+DUOPOOL_INLINE float sum(Floats value) { return merged_lanes<ADD, 1>(value)[0]; }
 
 // Asks for the line that a stream of weights comes to after some time, into the second cache: the hardware looks ahead no
 // further than a page of 4 KB, and memory answers later than that.
@@ -185,14 +190,6 @@ DUOPOOL_INLINE void transpose(Floats (&rows)[WIDTH]) {
     if constexpr (HALF > 1) transpose<HALF / 2>(rows);
 }
 
-// Which way lanes are brought together.
-enum Merge { ADD, LARGEST };
-template <Merge HOW>
-DUOPOOL_INLINE Floats merged(Floats a, Floats b) {
-    if constexpr (HOW == ADD) return a + b;
-    else return larger(a, b);
-}
-
 // Brings the lanes of each quad of four vectors together: quad q has those of a, b, c and d in its lanes 0 to 3.
 template <Merge HOW>
 DUOPOOL_INLINE Floats merged_quads(Floats a, Floats b, Floats c, Floats d) {
@@ -205,13 +202,6 @@ DUOPOOL_INLINE Floats merged_quads(Floats a, Floats b, Floats c, Floats d) {
     const Floats ab = merged<HOW>(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, odd));
     const Floats cd = merged<HOW>(__builtin_shuffle(c, d, even), __builtin_shuffle(c, d, odd));
     return merged<HOW>(__builtin_shuffle(ab, cd, even), __builtin_shuffle(ab, cd, odd));
-}
-
-// Brings the quads of one vector together, in its lanes 0 to 3.
-template <Merge HOW, int HALF = WIDTH / 2>
-DUOPOOL_INLINE Floats merged_lanes(Floats value) {
-    if constexpr (HALF < 4) return value;
-    else return merged_lanes<HOW, HALF / 2>(merged<HOW>(value, swapped<HALF>(value)));
 }
 
 // Adds up the quads of each of WIDTH / 4 vectors: their sums, one vector's behind the other's.

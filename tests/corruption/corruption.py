@@ -65,6 +65,7 @@ from duopool.engine.transfer.digest import seal
 from duopool.engine.transfer.factory import available_transports, make_nixl_source
 from duopool.engine.transfer.grpc_reader import GrpcReader
 from duopool.engine.transfer.grpc_source import add_kv_source
+from duopool.engine.transfer.source_client import SourceClient
 from duopool.engine.transfer.transport import BlockReader
 from duopool.prefill_worker.worker import PrefillWorker
 from duopool.proto.codec import INTERNAL_SERVER_OPTIONS
@@ -150,6 +151,7 @@ class Bed:
                 decode_pages,
                 worker_id=WorkerId("d"),
                 incarnation=Incarnation(6),
+                client=SourceClient(confirm_timeout_s=2.0),
                 make_agent=sabotaged_agent(self.saboteur, reads),
             )
         else:

@@ -25,6 +25,7 @@ from duopool.engine.transfer.transport import ReadOutcome
 
 pytest.importorskip("grpc")
 from duopool.engine.transfer.nixl_reader import NixlReader
+from duopool.engine.transfer.source_client import SourceClient
 
 PATIENCE_S = 30.0
 
@@ -94,6 +95,7 @@ def bed() -> Iterator[tuple[Script, FakeSource, FakeStore, NixlReader]]:
         store,
         worker_id=WorkerId("decode-0"),
         incarnation=Incarnation(1),
+        client=SourceClient(confirm_timeout_s=2.0),
         read_timeout_s=0.3,
         make_agent=agent,
     )

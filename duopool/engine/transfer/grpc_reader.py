@@ -19,7 +19,6 @@ from duopool.engine.transfer.page_store import PageStore
 from duopool.engine.transfer.source_client import SourceClient, describe_error
 from duopool.engine.transfer.transport import ReadOutcome
 from duopool.kernels import ops
-from duopool.proto.internal_access import InternalAccess
 
 
 class GrpcReader:
@@ -29,15 +28,13 @@ class GrpcReader:
         self,
         store: PageStore,
         *,
-        access: InternalAccess | None = None,
+        client: SourceClient,
         read_timeout_s: float = 5.0,
-        confirm_timeout_s: float = 2.0,
         num_threads: int = 4,
-        client: SourceClient | None = None,
     ) -> None:
         self._store = store
         self._read_timeout_s = read_timeout_s
-        self._client = client or SourceClient(access, confirm_timeout_s=confirm_timeout_s)
+        self._client = client
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="grpc-reader")
         self._closed = False
 

@@ -25,10 +25,10 @@ from duopool.core.types import BlockId, Incarnation, WorkerId
 from duopool.engine.transfer.digest import find_mismatch
 from duopool.engine.transfer.grpc_reader import GrpcReader
 from duopool.engine.transfer.nixl_agent import NixlAgent, NixlPeer
+from duopool.engine.transfer.page_read import PageRead, PeerId
 from duopool.engine.transfer.page_store import PageStore
-from duopool.engine.transfer.source_client import PeerId, SourceClient, misfit
+from duopool.engine.transfer.source_client import SourceClient, misfit
 from duopool.engine.transfer.transport import ReadOutcome
-from duopool.proto.internal_access import InternalAccess
 
 SHORTEST_SLEEP_S = 50e-6
 LONGEST_SLEEP_S = 1e-3
@@ -39,20 +39,10 @@ MAX_ADDRESS = 1 << 63
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Read:
-    lease: LeaseRef
-    attempt: int
-    sources: tuple[SealedBlock, ...]
-    targets: tuple[BlockId, ...]
-    done: Callable[[ReadOutcome], None]
-    late_at: float
+class _Read(PageRead):
     transfer: Any = None
     error: str = ""
     """Why the transfer is given up; it may still write until the agent is down."""
-
-    @property
-    def peer_id(self) -> PeerId:
-        return self.lease.worker_id, self.lease.incarnation
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -73,10 +63,8 @@ class NixlReader:
         *,
         worker_id: WorkerId,
         incarnation: Incarnation,
-        access: InternalAccess | None = None,
+        client: SourceClient,
         read_timeout_s: float = 5.0,
-        confirm_timeout_s: float = 2.0,
-        client: SourceClient | None = None,
         make_agent: Callable[[PageStore, str], NixlAgent] = NixlAgent,
     ) -> None:
         self._store = store
@@ -86,7 +74,7 @@ class NixlReader:
         self._agent: NixlAgent | None = make_agent(store, self._name)
         """None if a fresh agent could not be made: then everything goes over gRPC."""
         self._num_agents = 1
-        self._client = client or SourceClient(access, confirm_timeout_s=confirm_timeout_s)
+        self._client = client
         self._grpc = GrpcReader(store, read_timeout_s=read_timeout_s, client=self._client)
         self._peers: dict[PeerId, _Peer] = {}
         self._in_flight: list[_Read] = []
@@ -108,16 +96,7 @@ class NixlReader:
         done: Callable[[ReadOutcome], None],
     ) -> None:
         """Pull `sources` into own pages `targets`. Raises RuntimeError once closed."""
-        if len(sources) != len(targets):
-            raise ValueError(f"{len(sources)} sources for {len(targets)} targets")
-        read = _Read(
-            lease=lease,
-            attempt=attempt,
-            sources=tuple(sources),
-            targets=tuple(targets),
-            done=done,
-            late_at=time.monotonic() + self._read_timeout_s,
-        )
+        read = _Read.of(lease, attempt, sources, targets, done, timeout_s=self._read_timeout_s)
         with self._wake:
             if self._closed:
                 raise RuntimeError("the reader is closed")

@@ -22,27 +22,14 @@ from duopool.core.messages import LeaseRef, SealedBlock, SourceDescription, Verd
 from duopool.core.types import BlockId
 from duopool.engine.shared_memory import AttachedMemory, attach
 from duopool.engine.transfer.digest import mismatch
+from duopool.engine.transfer.page_read import PageRead, PeerId
 from duopool.engine.transfer.page_store import PageStore
-from duopool.engine.transfer.source_client import PeerId, SourceClient, misfit
+from duopool.engine.transfer.source_client import SourceClient, misfit
 from duopool.engine.transfer.transport import BlockReader, ReadOutcome
 from duopool.kernels import ops
 
 COPY_BYTES = 16 << 20
 """One to four milliseconds."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Read:
-    lease: LeaseRef
-    attempt: int
-    sources: tuple[SealedBlock, ...]
-    targets: tuple[BlockId, ...]
-    done: Callable[[ReadOutcome], None]
-    late_at: float
-
-    @property
-    def peer_id(self) -> PeerId:
-        return self.lease.worker_id, self.lease.incarnation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +57,7 @@ class SharedMemoryReader:
         self._read_timeout_s = read_timeout_s
         self._pages_per_call = max(1, COPY_BYTES // store.page_bytes)
         self._peers: dict[PeerId, _Peer] = {}
-        self._introduced: dict[PeerId, list[_Read]] = {}
+        self._introduced: dict[PeerId, list[PageRead]] = {}
         """Reads that came before their source's description."""
         self._elsewhere: set[PeerId] = set()
         """Sources whose memory is not to be had here."""
@@ -92,16 +79,7 @@ class SharedMemoryReader:
         done: Callable[[ReadOutcome], None],
     ) -> None:
         """Pull `sources` into own pages `targets`. Raises RuntimeError once closed."""
-        if len(sources) != len(targets):
-            raise ValueError(f"{len(sources)} sources for {len(targets)} targets")
-        read = _Read(
-            lease=lease,
-            attempt=attempt,
-            sources=tuple(sources),
-            targets=tuple(targets),
-            done=done,
-            late_at=time.monotonic() + self._read_timeout_s,
-        )
+        read = PageRead.of(lease, attempt, sources, targets, done, timeout_s=self._read_timeout_s)
         if not self._post(lambda: self._begin(read)):
             raise RuntimeError("the reader is closed")
 
@@ -145,7 +123,7 @@ class SharedMemoryReader:
         finally:  # closed, or a bug: no read may wait forever
             self._end()
 
-    def _begin(self, read: _Read) -> None:
+    def _begin(self, read: PageRead) -> None:
         peer_id = read.peer_id
         if self._closed:
             read.done(ReadOutcome(error="the reader is closed"))
@@ -158,7 +136,7 @@ class SharedMemoryReader:
         else:
             self._introduce(read)
 
-    def _introduce(self, read: _Read) -> None:
+    def _introduce(self, read: PageRead) -> None:
         """Ask a new source how it can be read; an earlier life of the same worker is forgotten."""
         worker_id, _ = peer_id = read.peer_id
         for known in [known for known in self._peers if known[0] == worker_id]:
@@ -203,7 +181,7 @@ class SharedMemoryReader:
         self._selector.unregister(memory.owner)
         memory.close()
 
-    def _copy(self, peer: _Peer, read: _Read) -> ReadOutcome:
+    def _copy(self, peer: _Peer, read: PageRead) -> ReadOutcome:
         if any(not 0 <= block.block_id < peer.num_blocks for block in read.sources):
             return ReadOutcome(error=f"a block is outside the source's store of {peer.num_blocks}")
         for begin in range(0, len(read.sources), self._pages_per_call):
@@ -224,7 +202,7 @@ class SharedMemoryReader:
                 return ReadOutcome(error=next(filter(None, faults)), is_damaged=True)
         return ReadOutcome(num_bytes=len(read.targets) * self._store.page_bytes)
 
-    def _leave_to_others(self, read: _Read) -> None:
+    def _leave_to_others(self, read: PageRead) -> None:
         try:
             self._others.read(read.lease, read.attempt, read.sources, read.targets, read.done)
         except RuntimeError as closed:

@@ -14,15 +14,13 @@ import grpc
 import msgspec
 
 from duopool.core.messages import DescribeSource, ReadBlocks, SourceDescription, Validate, Verdict
-from duopool.core.types import Incarnation, WorkerId
+from duopool.engine.transfer.page_read import PeerId
 from duopool.engine.transfer.page_store import PageStore
 from duopool.proto import codec
 from duopool.proto.internal_access import InternalAccess
 
 MAX_SOURCE_BLOCKS = 1 << 22
 """What is made for a source before it is read grows with its blocks."""
-
-PeerId = tuple[WorkerId, Incarnation]
 
 
 class SourceClient:

@@ -122,10 +122,6 @@ CLMUL512 uint32_t by_wide_products(uint32_t state, const uint8_t* bytes, uint8_t
     return by_table(by_products(load(folded), folded, 256), bytes + done, count - done);
 }
 
-#endif
-
-#if defined(__x86_64__)
-
 bool has_products() {
     static const bool has = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
     return has;

@@ -135,7 +135,7 @@ DUOPOOL_INLINE void weigh(const AttentionCall& call, float factor, float* scores
     }
     constexpr int LAST = R - 1, SECOND = LAST < 1 ? LAST : 1, THIRD = LAST < 2 ? LAST : 2;
     const Floats largest_now =
-        merged_lanes<LARGEST>(merged_quads<LARGEST>(most[0], most[SECOND], most[THIRD], most[LAST]));
+        merged_lanes<LARGEST, 4>(merged_quads<LARGEST>(most[0], most[SECOND], most[THIRD], most[LAST]));
     const Floats after = larger(before, largest_now), shrink = exponential(before - after);
     for (int64_t i = 0; i < end; i += WIDTH) {
 #pragma GCC unroll 4
@@ -146,7 +146,7 @@ DUOPOOL_INLINE void weigh(const AttentionCall& call, float factor, float* scores
             sums[r] += weight;
         }
     }
-    total = total * shrink + merged_lanes<ADD>(merged_quads<ADD>(sums[0], sums[SECOND], sums[THIRD], sums[LAST]));
+    total = total * shrink + merged_lanes<ADD, 4>(merged_quads<ADD>(sums[0], sums[SECOND], sums[THIRD], sums[LAST]));
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         largest_so_far[r] = after[r];
