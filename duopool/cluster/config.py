@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from duopool.cluster.pools import index_of
 from duopool.core.config import (
     MAX_POOL_SIZE,
     CacheConfig,
+    DeviceName,
     HandoffConfig,
     InternalConfig,
     ModelConfig,
@@ -78,28 +81,54 @@ class ClusterConfig(BaseModel):
     """Of the decode pool, which waits for memory; prefill waits for arithmetic and keeps the checkpoint's weights."""
     smg_port: int | None = Field(default=None, ge=0, le=65535)
     """First port of the VllmEngine protocol: `prefill-N` listens on it + 2 N, `decode-N` on it + 2 N + 1."""
-    num_gpus_per_worker: float | None = Field(default=None, ge=0)
-    """Share of a GPU per worker; an even share of what Ray has when None."""
+    prefill_device: DeviceName = "auto"
+    """`auto`: on GPUs where Ray has any and torch can use them, else on the CPU."""
+    decode_device: DeviceName = "auto"
+    num_gpus_per_worker: float | None = Field(default=None, ge=0, le=1)
+    """Share of a GPU per worker on one; when None as much as lets all workers fit on what Ray has."""
+
+    @model_validator(mode="after")
+    def _can_round(self) -> Self:
+        if self.decode_quantization and self.decode_device == "cuda":
+            raise ValueError("decode.quantization rounds weights for the CPU, and decode.device is cuda")
+        return self
 
     @property
     def wanted(self) -> dict[Role, int]:
         """Initial size of each pool."""
         return {Role.PREFILL: self.prefill, Role.DECODE: self.decode}
 
+    @property
+    def devices(self) -> dict[Role, DeviceName]:
+        """What was asked for each pool. Weights are rounded on the CPU only."""
+        decode = "cpu" if self.decode_quantization and self.decode_device == "auto" else self.decode_device
+        return {Role.PREFILL: self.prefill_device, Role.DECODE: decode}
+
     def worker(
-        self, worker_id: WorkerId, role: Role, *, host: str, num_threads: int, shares_cores: bool
+        self,
+        worker_id: WorkerId,
+        role: Role,
+        *,
+        host: str,
+        num_threads: int,
+        shares_cores: bool,
+        device: DeviceName = "cpu",
+        gpu_share: float = 1.0,
     ) -> WorkerConfig:
-        """Configuration of one worker."""
+        """Configuration of one worker; `gpu_share` counts where it computes on a GPU."""
         quantization = self.decode_quantization if role is Role.DECODE else None
         return WorkerConfig(
             role=role,
             worker_id=worker_id,
             model=self.model.model_copy(update={"quantization": quantization}),
-            cache=self.cache.model_copy(update={"memory_share": 1 / (self.prefill + self.decode)}),
+            cache=self.cache.model_copy(
+                update={"memory_share": 1 / (self.prefill + self.decode), "gpu_share": gpu_share}
+            ),
             scheduler=self.scheduler,
             handoff=self.handoff,
             internal=self.internal,
             host=host,
+            device=device,
             num_threads=num_threads,
             shares_cores=shares_cores,
             smg_port=None if self.smg_port is None else _following(self.smg_port, _smg_offset(worker_id, role)),

@@ -61,13 +61,6 @@ def environment(num_threads: int) -> dict[str, str]:
     return variables
 
 
-def gpu_share(num_gpus: float, num_workers: int, asked: float | None) -> float:
-    """Share of a GPU for each worker: what was asked for, else an even part, rounded down to hundredths."""
-    if asked is not None:
-        return asked
-    return min(1.0, int(100 * num_gpus / num_workers) / 100)
-
-
 def source_folder() -> str:
     """Folder that must be on the path for `import duopool`."""
     return str(Path(duopool.__file__).resolve().parent.parent)

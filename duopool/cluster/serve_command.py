@@ -42,6 +42,14 @@ class Quantization(StrEnum):
     int4 = "int4"
 
 
+class Device(StrEnum):
+    """Where a pool computes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class TransportChoice(StrEnum):
     """How KV blocks travel."""
 
@@ -100,6 +108,24 @@ def serve(
         Quantization | None,
         typer.Option("--decode.quantization", help="Round the decode pool's weights to 8 or 4 bits (CPU)."),
     ] = None,
+    prefill_device: Annotated[
+        Device,
+        typer.Option(
+            "--prefill.device", help="Where prefill workers compute; auto: cuda where Ray has GPUs, else cpu."
+        ),
+    ] = Device.auto,
+    decode_device: Annotated[
+        Device, typer.Option("--decode.device", help="The same for decode workers.")
+    ] = Device.auto,
+    num_gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Part of a GPU per worker on cuda; as much as lets all workers fit if not given."
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Part of a GPU's memory for all its workers together, weights included.")
+    ] = 0.9,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt plus output in tokens; the model's limit if not given.")
     ] = None,
@@ -112,7 +138,7 @@ def serve(
         typer.Option(min=1 << 20, help="KV memory per worker in bytes; from --kv-memory-fraction if not given."),
     ] = None,
     kv_memory_fraction: Annotated[
-        float, typer.Option(help="Part of the host's memory for the KV blocks of all its workers together.")
+        float, typer.Option(help="Part of the host's memory for the KV blocks of all its workers on the CPU.")
     ] = 0.1,
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="Token budget of a step: the chunk size of a long prompt.")
@@ -134,9 +160,6 @@ def serve(
     ] = TransportChoice.auto,
     num_threads: Annotated[
         int | None, typer.Option(min=1, help="Compute threads per worker; all cores if not given.")
-    ] = None,
-    num_gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="Share of a GPU per worker; an even share of Ray's if not given.")
     ] = None,
     metrics_prefix: Annotated[
         str, typer.Option(help="First part of every metric's name; 'vllm' makes boards of vLLM fit.")
@@ -189,6 +212,7 @@ def serve(
                 num_blocks=num_blocks,
                 kv_cache_memory_bytes=kv_cache_memory_bytes,
                 kv_memory_fraction=kv_memory_fraction,
+                gpu_memory_utilization=gpu_memory_utilization,
             ),
             scheduler=SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs),
             handoff=HandoffConfig(transport=transport.value),
@@ -209,13 +233,15 @@ def serve(
             ray_address=ray_address,
             pin_pools=pin_pools,
             num_threads=num_threads,
+            prefill_device=prefill_device.value,
+            decode_device=decode_device.value,
             num_gpus_per_worker=num_gpus_per_worker,
             smg_port=smg_port,
             decode_quantization=None if decode_quantization is None else decode_quantization.value,
         )
     except ValidationError as error:
         for problem in error.errors():
-            complain(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")
+            complain(": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"]))))
         raise typer.Exit(EXIT_USAGE) from error
     signal.signal(signal.SIGTERM, _interrupt)
     with clear_errors():

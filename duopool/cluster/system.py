@@ -19,9 +19,10 @@ from typing import Self
 
 from duopool.cluster.admin_access import prepare
 from duopool.cluster.config import ClusterConfig
+from duopool.cluster.gpus import plan_gpus
 from duopool.cluster.launch import LOOPBACK, RayCluster, available_cpus, launch
 from duopool.cluster.membership import ClusterView
-from duopool.cluster.placement import actor_options, gpu_share, has_pool_nodes
+from duopool.cluster.placement import actor_options, has_pool_nodes
 from duopool.cluster.router_place import RouterPlace
 from duopool.cluster.supervisor import Supervisor
 from duopool.cluster.worker_process import RayWorkerProcess
@@ -56,6 +57,13 @@ class System:
         self._ray = ray_cluster
         self._is_pinned = config.pin_pools
         """Once true always true: a pool whose last node is gone waits for one of its own kind."""
+        self._gpus = plan_gpus(
+            config.devices,
+            config.wanted,
+            num_gpus=ray_cluster.num_gpus,
+            share=config.num_gpus_per_worker,
+            waits_for_nodes=config.pin_pools,
+        )
         self._commands: queue.SimpleQueue[tuple[RouterPlace, control_pb2.ClusterCommand]] = queue.SimpleQueue()
         access, name = InternalAccess.load(config.internal), secrets.token_hex(8)
         self.routers = tuple(
@@ -80,7 +88,12 @@ class System:
         # Folders of this machine mean nothing on other nodes; workers there look the model up by its name.
         asked_model = asked_model.model_copy(update={"served_model_name": config.model.served_model_name})
         report("ray", "starting a local Ray" if config.ray_address is None else f"joining {config.ray_address}")
-        system = cls(config, launch(config.ray_address), asked_model=asked_model)
+        ray_cluster = launch(config.ray_address)
+        try:
+            system = cls(config, ray_cluster, asked_model=asked_model)
+        except BaseException:
+            ray_cluster.stop()
+            raise
         try:
             report("workers", f"starting {config.prefill} prefill and {config.decode} decode workers")
             system._thread.start()
@@ -239,8 +252,7 @@ class System:
         import ray
 
         num_threads = self._config.num_threads or available_cpus()
-        num_workers = self._config.prefill + self._config.decode
-        num_gpus = gpu_share(self._ray.num_gpus, num_workers, self._config.num_gpus_per_worker)
+        num_gpus = self._gpus.num_gpus(role)
         self._is_pinned = self._is_pinned or has_pool_nodes(ray.cluster_resources())
         options = actor_options(role, is_pinned=self._is_pinned, num_threads=num_threads, num_gpus=num_gpus)
         # A worker on another node must be reached from everywhere; its actor finds out its node's address.
@@ -250,7 +262,9 @@ class System:
             role,
             host=host,
             num_threads=num_threads,
-            shares_cores=not num_gpus and not self._is_pinned,
+            shares_cores=not self._gpus.uses_gpus and not self._is_pinned,
+            device=self._gpus.devices[role],
+            gpu_share=num_gpus or 1.0,
         )
         model = worker.model.model_copy(update={"model": self._model_source})
         return RayWorkerProcess(worker.model_copy(update={"model": model}), options=options)

@@ -10,6 +10,7 @@ from duopool.core.types import Role
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
 QuantizationName = Literal["int8", "int4"]
+DeviceName = Literal["auto", "cpu", "cuda"]
 TransportName = Literal["auto", "shared_memory", "nixl", "grpc"]
 
 
@@ -47,6 +48,10 @@ class CacheConfig(_Config):
     """Part of the host's memory that the KV stores of all its workers may take together."""
     memory_share: float = Field(default=1.0, gt=0, le=1)
     """This worker's share of that; the cluster says how many workers there are."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Part of a GPU's memory that all its workers may take together, weights included."""
+    gpu_share: float = Field(default=1.0, gt=0, le=1)
+    """This worker's share of that."""
 
 
 class SchedulerConfig(_Config):
@@ -123,6 +128,9 @@ class WorkerConfig(_Config):
     internal: InternalConfig = InternalConfig()
     host: str = "127.0.0.1"
     """Address this worker listens on and is reached at; ports are chosen by the system."""
+    device: DeviceName = "cpu"
+    """Where it computes; `auto`: on CUDA if torch has it in this process. Only a worker that is sure to compute on the
+    CPU shares a loaded model with its successors."""
     num_threads: int | None = Field(default=None, ge=1)
     shares_cores: bool = True
     """With the other pool: prefill steps then stand behind decode steps, and decode steps wait for bursts."""

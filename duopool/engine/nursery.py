@@ -2,7 +2,8 @@
 
 A worker that dies is followed by one whose weights are already in memory (shared until somebody writes, which nobody
 does): what is left to do is a KV store, a port and a warm-up. The process has one thread, computes with one thread and
-opens neither gRPC nor NIXL, so that a fork of it is whole.
+opens neither gRPC nor NIXL, so that a fork of it is whole. CUDA does not outlive a fork: a worker that may compute on a
+GPU loads its model itself, and the nursery spares it the imports alone.
 
     host ── configuration ─▶ nursery          (a Ray actor; see nursed_process.py)
     host ── a socket ──────▶ nursery ── fork ─▶ worker, which answers the host's calls on that socket
@@ -28,6 +29,7 @@ import torch
 
 from duopool.core.config import WorkerConfig
 from duopool.engine.checked_model import CheckedModel
+from duopool.engine.device import choose_device
 from duopool.engine.worker_process import Assembly, WorkerParts, WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -58,30 +60,35 @@ def _nurse(host: socket.socket, assemble: Callable[[WorkerParts], Assembly]) -> 
     config = WorkerConfig.model_validate_json(host.recv(MAX_PACKET_BYTES))
     num_threads = config.num_threads or torch.get_num_threads()
     torch.set_num_threads(1)  # a thread pool would not survive the fork
-    model, failure = _check(config)
+    model, failure = _check(config) if config.device == "cpu" else (None, None)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead workers vanish by themselves
     child = 0
     while (wanted := _receive_socket(host)) is not None:
         with wanted:
-            if model is None:
+            if failure is not None:
                 _answer(wanted, failure)
             elif (child := os.fork()) == 0:
                 host.close()
-                _work(wanted, WorkerProcess(config, assemble, model), num_threads)
+                torch.set_num_threads(num_threads)
+                _work(wanted, lambda: WorkerProcess(config, assemble, model or _load(config)))
     # A worker that is stopped does not see that the host is gone.
     if child:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
 
 
-def _check(config: WorkerConfig) -> tuple[CheckedModel | None, Answer]:
+def _load(config: WorkerConfig) -> CheckedModel:
+    return CheckedModel.load(config.model, config.cache, progress=log.info, device=choose_device(config.device))
+
+
+def _check(config: WorkerConfig) -> tuple[CheckedModel | None, Answer | None]:
     """The model, or why there is none."""
     try:
-        model = CheckedModel.load(config.model, config.cache, progress=log.info)
+        model = _load(config)
         if model.masks is not None:
             model.masks.wait()
         _give_back_memory()
-        return model, Answer()
+        return model, None
     except Exception as error:
         log.exception("the model cannot be served")
         return None, _failure(error)
@@ -103,11 +110,11 @@ def _receive_socket(host: socket.socket) -> socket.socket | None:
     return socket.socket(fileno=number)
 
 
-def _work(host: socket.socket, process: WorkerProcess, num_threads: int) -> None:
+def _work(host: socket.socket, make: Callable[[], WorkerProcess]) -> None:
     """Life of a forked worker. Never returns: what the nursery would do at its end is not a worker's to do."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    torch.set_num_threads(num_threads)
     try:
+        process = make()
         _answer(host, Answer(value=msgspec.to_builtins(process.start())))
         _serve_calls(host, process)
     except Exception as error:

@@ -17,10 +17,11 @@ from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import Chunk, SampleSpec, StepPlan, StepResult
 from duopool.core.types import BlockId, RequestId, TokenLogprob
 from duopool.engine.checked_model import CheckedModel
+from duopool.engine.device import describe, device_memory
 from duopool.engine.forward_batch import ForwardBatch, build_forward_batch
 from duopool.engine.forward_context import forward_context
 from duopool.engine.grammar import GrammarMasks
-from duopool.engine.kv_sizing import size_pool
+from duopool.engine.kv_sizing import Room, device_room, host_room, size_pool
 from duopool.engine.kv_store import KVStore
 from duopool.engine.model_loader import LoadedModel
 from duopool.engine.model_source import Progress
@@ -72,10 +73,11 @@ class ModelRunner:
             cache_config,
             page_bytes=layout.page_bytes,
             max_model_len=model.max_model_len,
-            memory_bytes=_memory_bytes(model.device),
+            room=_room(cache_config, model.device),
         )
         model = replace(model, max_model_len=size.max_model_len)
-        return cls(model, KVStore(layout, size.num_blocks, model.device), checked.masks, notes=size.notes)
+        notes = (*filter(None, (describe(model.device),)), *size.notes)
+        return cls(model, KVStore(layout, size.num_blocks, model.device), checked.masks, notes=notes)
 
     @property
     def module(self) -> nn.Module:
@@ -171,7 +173,8 @@ def _score(logits_RV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:
     return tuple(token_logprobs(logits_RV, targets, chunk.prompt_logprobs or 0))
 
 
-def _memory_bytes(device: torch.device) -> int:
+def _room(cache: CacheConfig, device: torch.device) -> Room:
+    host_bytes = int(psutil.virtual_memory().total)
     if device.type == "cpu":
-        return int(psutil.virtual_memory().total)
-    return int(torch.cuda.get_device_properties(device).total_memory)
+        return host_room(cache, memory_bytes=host_bytes)
+    return device_room(cache, device_memory(device), host_bytes=host_bytes)

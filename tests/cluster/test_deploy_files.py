@@ -19,7 +19,7 @@ import yaml
 
 from duopool import __version__
 from duopool.cluster import cli
-from duopool.cluster.placement import actor_options, gpu_share, has_pool_nodes
+from duopool.cluster.placement import actor_options, has_pool_nodes
 from duopool.core.types import Role
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,14 +65,6 @@ def test_without_node_types_workers_go_anywhere() -> None:
 def test_nodes_of_one_pool_are_not_for_the_other() -> None:
     """Whichever pool's nodes join first."""
     assert all(has_pool_nodes({"CPU": 4.0, role.value: 1.0}) for role in Role)
-
-
-@pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (1, 2), (1, 3), (4, 2), (8, 3)])
-def test_even_gpu_shares_never_ask_for_more_than_there_is(gpus: float, workers: int) -> None:
-    share = gpu_share(gpus, workers, None)
-    assert 0 <= share <= 1
-    assert share * workers <= gpus
-    assert gpu_share(gpus, workers, 0.25) == 0.25
 
 
 # ---- Kubernetes ------------------------------------------------------------------------------------------------------

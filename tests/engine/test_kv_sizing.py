@@ -8,9 +8,23 @@ from hypothesis import strategies as st
 
 from duopool.core.config import CacheConfig
 from duopool.core.errors import OutOfBlocks
-from duopool.engine.kv_sizing import GIB, size_pool
+from duopool.engine.device import DeviceMemory
+from duopool.engine.kv_sizing import (
+    CUDA_CONTEXT_BYTES,
+    GIB,
+    MIRROR_FRACTION,
+    PoolSize,
+    Room,
+    device_room,
+    host_room,
+    size_pool,
+)
 
-SIZES = {"page_bytes": 360 << 10, "max_model_len": 8192, "memory_bytes": 24 * GIB}
+PAGE_BYTES = 360 << 10
+
+
+def size(cache: CacheConfig, *, page_bytes: int = PAGE_BYTES, num_bytes: int = GIB) -> PoolSize:
+    return size_pool(cache, page_bytes=page_bytes, max_model_len=8192, room=Room(num_bytes=num_bytes, why="so it is"))
 
 
 @given(
@@ -26,7 +40,8 @@ def test_all_workers_together_stay_in_their_part_of_the_memory(
 ) -> None:
     cache = CacheConfig(block_size=block_size, kv_memory_fraction=fraction, memory_share=1 / workers)
     try:
-        size = size_pool(cache, page_bytes=page_bytes, max_model_len=max_model_len, memory_bytes=memory_bytes)
+        room = host_room(cache, memory_bytes=memory_bytes)
+        size = size_pool(cache, page_bytes=page_bytes, max_model_len=max_model_len, room=room)
     except OutOfBlocks:
         assert memory_bytes * fraction / workers < page_bytes + 1
         return
@@ -38,16 +53,52 @@ def test_all_workers_together_stay_in_their_part_of_the_memory(
 
 def test_blocks_count_before_bytes_and_bytes_before_the_share() -> None:
     both = CacheConfig(num_blocks=7, kv_cache_memory_bytes=GIB)
-    assert size_pool(both, **SIZES).num_blocks == 7
-    assert size_pool(CacheConfig(kv_cache_memory_bytes=GIB), **SIZES).num_blocks == GIB // (360 << 10)
+    assert size(both, num_bytes=9 * GIB).num_blocks == 7
+    assert size(CacheConfig(kv_cache_memory_bytes=GIB), num_bytes=9 * GIB).num_blocks == GIB // PAGE_BYTES
+    assert size(CacheConfig(), num_bytes=9 * GIB).num_blocks == 9 * GIB // PAGE_BYTES
 
 
 def test_what_cannot_fit_is_lowered_with_a_note_that_says_from_what_to_what() -> None:
-    size = size_pool(CacheConfig(num_blocks=100), **SIZES)
-    assert size.max_model_len == 1600
-    assert "from 8,192 to 1,600" in size.notes[1]
+    lowered = size(CacheConfig(num_blocks=100))
+    assert lowered.max_model_len == 1600
+    assert "from 8,192 to 1,600" in lowered.notes[1]
 
 
 def test_memory_without_room_for_a_block_is_refused() -> None:
     with pytest.raises(OutOfBlocks):
-        size_pool(CacheConfig(), page_bytes=GIB, max_model_len=10, memory_bytes=GIB)
+        size(CacheConfig(), page_bytes=GIB + 1)
+    with pytest.raises(OutOfBlocks):
+        size(CacheConfig(), num_bytes=-GIB)
+
+
+@given(
+    utilization=st.floats(0.1, 1),
+    workers=st.integers(1, 8),
+    total=st.integers(4 * GIB, 200 * GIB),
+    host_bytes=st.integers(GIB, 2048 * GIB),
+    data=st.data(),
+)
+def test_workers_of_one_device_leave_it_what_was_not_asked_for_and_their_copies_fit_the_host(
+    utilization: float, workers: int, total: int, host_bytes: int, data: st.DataObject
+) -> None:
+    """Started one after the other, each with weights of its own."""
+    share = 1 / workers
+    cache = CacheConfig(gpu_memory_utilization=utilization, gpu_share=share, memory_share=share)
+    taken = copies = 0
+    for _ in range(workers):
+        weights = data.draw(st.integers(0, int(total * share)))
+        taken += weights + CUDA_CONTEXT_BYTES
+        memory = DeviceMemory(total=total, free=max(0, total - taken), own=weights)
+        room = max(0, device_room(cache, memory, host_bytes=host_bytes).num_bytes)
+        assert not room or room + weights + CUDA_CONTEXT_BYTES <= total * utilization * share + 1
+        assert room <= memory.free * utilization
+        taken, copies = taken + room, copies + room
+    assert copies <= host_bytes * MIRROR_FRACTION + workers
+
+
+def test_the_tightest_of_the_bounds_is_told() -> None:
+    memory = DeviceMemory(total=80 * GIB, free=79 * GIB, own=16 * GIB)
+    assert "80.0 GiB of the device x 0.9 - 16.5 GiB" in device_room(CacheConfig(), memory, host_bytes=512 * GIB).why
+    assert "64.0 GiB of the host" in device_room(CacheConfig(), memory, host_bytes=64 * GIB).why
+    busy = DeviceMemory(total=80 * GIB, free=20 * GIB, own=16 * GIB)
+    assert "20.0 GiB free on the device" in device_room(CacheConfig(), busy, host_bytes=512 * GIB).why

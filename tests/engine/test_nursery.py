@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, make
 
-from duopool.core.config import CacheConfig, HandoffConfig, InternalConfig, ModelConfig, WorkerConfig
+from duopool.core.config import CacheConfig, DeviceName, HandoffConfig, InternalConfig, ModelConfig, WorkerConfig
 from duopool.core.types import Role
 from duopool.engine.nursed_process import NursedProcess, WorkerEnded, WorkerRaised
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def process_of(folder: Path, tmp_path: Path) -> NursedProcess:
+def process_of(folder: Path, tmp_path: Path, *, device: DeviceName = "cpu") -> NursedProcess:
     credential = tmp_path / "credential"
     credential.write_text("a credential of a test, long enough to pass\n")
     credential.chmod(0o600)
@@ -36,6 +36,7 @@ def process_of(folder: Path, tmp_path: Path) -> NursedProcess:
         cache=CacheConfig(num_blocks=16),
         handoff=HandoffConfig(transport="grpc"),
         internal=InternalConfig(credential_file=str(credential)),
+        device=device,
         num_threads=2,
     )
     return NursedProcess(config, "duopool.decode_worker.process")
@@ -83,4 +84,19 @@ def test_a_model_that_cannot_be_served_is_told_to_the_host(tmp_path: Path) -> No
     process = process_of(tmp_path / "nothing", tmp_path)
     with pytest.raises((WorkerRaised, WorkerEnded), match="nothing"):
         process.start()
+    process.stop()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="`cuda` is to be had here")
+def test_a_worker_that_finds_no_cuda_says_what_it_was_asked_for_and_auto_takes_the_cpu(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Both load their model behind the fork."""
+    process = process_of(folder, tmp_path, device="cuda")
+    with pytest.raises(WorkerRaised, match=r"device: cuda was asked for, and torch .* finds no CUDA device"):
+        process.start()
+    process.stop()
+    process = process_of(folder, tmp_path, device="auto")
+    process.start()
+    process.check()
     process.stop()
