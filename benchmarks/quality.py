@@ -1,11 +1,12 @@
 """What rounding costs: perplexity and agreement per kind of weights, and bf16 beside transformers' own bf16.
 
-    python benchmarks/quality.py [--model smollm2] [--prompts 64] [--skip-transformers]
+    python benchmarks/quality.py [--model smollm2] [--prompts 64] [--skip-transformers] [--checkpoints FOLDER ...]
 
 Text: Python's own reference as its `pydoc` carries it, fixed by Python's version, in windows of 512 tokens. `agreement`
 is the share of positions whose likeliest next token is that of bf16. Beside transformers, which follows our greedy
 output of 64 tokens: how many outputs it would have changed, and how far it held our token behind its own there, in
-logits (bf16 has steps of 0.06 to 0.125 from 8 to 32).
+logits (bf16 has steps of 0.06 to 0.125 from 8 to 32). `--checkpoints` adds the model's weights out of other folders, as
+`--decode.model` takes them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import platform
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from pydoc_data.topics import topics
 from random import Random
 
@@ -33,11 +35,10 @@ WINDOW, NEW_TOKENS, BLOCK = 512, 64, 16
 TEXT_CHARACTERS = 100_000
 """More than all windows take."""
 
-KINDS = (("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4"))
+ROUNDINGS = (None, "int8", "int4")
 
 
-def load(model: str, dtype: str, quantization: str | None, num_blocks: int) -> ModelRunner:
-    config = ModelConfig.model_validate({"model": model, "dtype": dtype, "quantization": quantization})
+def load(config: ModelConfig, num_blocks: int) -> ModelRunner:
     return ModelRunner.load(config, CacheConfig(num_blocks=num_blocks))
 
 
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--skip-transformers", action="store_true")
+    parser.add_argument("--checkpoints", nargs="*", default=[], help="of the same model, by transformers' quantizers")
     arguments = parser.parse_args()
     text = "\n".join(topics[name] for name in sorted(topics))[:TEXT_CHARACTERS]
     ids = AutoTokenizer.from_pretrained(resolve_model(arguments.model).folder)(text).input_ids[: 16 * WINDOW]
@@ -111,19 +113,25 @@ def main() -> None:
     ]
     per_request = -(-(64 + NEW_TOKENS) // BLOCK)
     best: list[int] = []
-    for dtype, quantization in KINDS:
-        runner = load(arguments.model, dtype, quantization, max(WINDOW // BLOCK, per_request * len(prompts)))
+    kinds = [ModelConfig(model=arguments.model, dtype="float32")] + [
+        ModelConfig.model_validate(
+            {"model": arguments.model, "weights": weights, "dtype": "bfloat16", "quantization": rounding}
+        )
+        for weights in (None, *arguments.checkpoints)
+        for rounding in ROUNDINGS
+    ]
+    for kind in kinds:
+        runner = load(kind, max(WINDOW // BLOCK, per_request * len(prompts)))
         entries = score(runner, windows)
         likeliest = [entry.top[0][0] for entry in entries]
-        if (dtype, quantization) == ("bfloat16", None):
+        if kind.dtype == "bfloat16" and not best:
             best = likeliest
             if not arguments.skip_transformers:
                 beside_transformers(arguments.model, runner, prompts)
         perplexity = math.exp(-statistics.fmean(entry.logprob for entry in entries))
         agreement = statistics.fmean(a == b for a, b in zip(likeliest, best, strict=True)) if best else math.nan
-        print(
-            f"{quantization or dtype:9s} perplexity {perplexity:8.3f}, agreement with bf16 {agreement:.2%}", flush=True
-        )
+        name = f"{kind.quantization or kind.dtype} {Path(kind.weights).name if kind.weights else ''}"
+        print(f"{name:24s} perplexity {perplexity:8.3f}, agreement with bf16 {agreement:.2%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,8 @@ class ClusterConfig(BaseModel):
     """Place workers on nodes of their pool only, before the first such node has been seen too."""
     num_threads: int | None = Field(default=None, ge=1)
     """Compute threads of each worker; as many as the driver may use when None."""
+    decode_model: str | None = None
+    """Checkpoint that the decode pool takes its weights from; tokenizer and names stay those of `model`."""
     decode_quantization: QuantizationName | None = None
     """Of the decode pool, which waits for memory; prefill waits for arithmetic and keeps the checkpoint's weights."""
     smg_port: int | None = Field(default=None, ge=0, le=65535)
@@ -116,11 +118,12 @@ class ClusterConfig(BaseModel):
         gpu_share: float = 1.0,
     ) -> WorkerConfig:
         """Configuration of one worker; `gpu_share` counts where it computes on a GPU."""
-        quantization = self.decode_quantization if role is Role.DECODE else None
+        is_decode = role is Role.DECODE
+        weights = {"weights": self.decode_model, "quantization": self.decode_quantization} if is_decode else {}
         return WorkerConfig(
             role=role,
             worker_id=worker_id,
-            model=self.model.model_copy(update={"quantization": quantization}),
+            model=self.model.model_copy(update=weights),
             cache=self.cache.model_copy(
                 update={"memory_share": 1 / (self.prefill + self.decode), "gpu_share": gpu_share}
             ),

@@ -104,6 +104,12 @@ def serve(
     internal_tls_key: Annotated[Path | None, typer.Option(help="Its PEM key.")] = None,
     internal_tls_ca: Annotated[Path | None, typer.Option(help="PEM authority that must have signed it.")] = None,
     dtype: Annotated[DType, typer.Option(help="Number format of weights, activations and KV.")] = DType.auto,
+    decode_model: Annotated[
+        str | None,
+        typer.Option(
+            "--decode.model", help="Another checkpoint of the same model, quantized for example, for the decode pool."
+        ),
+    ] = None,
     decode_quantization: Annotated[
         Quantization | None,
         typer.Option("--decode.quantization", help="Round the decode pool's weights to 8 or 4 bits (CPU)."),
@@ -237,6 +243,7 @@ def serve(
             decode_device=decode_device.value,
             num_gpus_per_worker=num_gpus_per_worker,
             smg_port=smg_port,
+            decode_model=decode_model,
             decode_quantization=None if decode_quantization is None else decode_quantization.value,
         )
     except ValidationError as error:

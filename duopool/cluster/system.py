@@ -26,10 +26,10 @@ from duopool.cluster.placement import actor_options, has_pool_nodes
 from duopool.cluster.router_place import RouterPlace
 from duopool.cluster.supervisor import Supervisor
 from duopool.cluster.worker_process import RayWorkerProcess
-from duopool.core.config import ModelConfig, TransportName
+from duopool.core.config import TransportName
 from duopool.core.errors import DuopoolError, Unavailable
 from duopool.core.types import Role, WorkerId
-from duopool.engine.model_source import resolve_model
+from duopool.engine.model_source import ModelSource, resolve_model
 from duopool.proto import control_pb2
 from duopool.proto.control_codec import result_of
 from duopool.proto.internal_access import InternalAccess
@@ -51,9 +51,10 @@ class StartFailed(DuopoolError):
 class System:
     """Start with `System.start`; end with `stop`, or use it in a `with` block."""
 
-    def __init__(self, config: ClusterConfig, ray_cluster: RayCluster, *, asked_model: ModelConfig) -> None:
+    def __init__(self, config: ClusterConfig, ray_cluster: RayCluster, *, asked: ClusterConfig) -> None:
         self._config = config
-        self._model_source = (config.model if ray_cluster.is_local else asked_model).model
+        # Folders of this machine mean nothing on other nodes; workers there look checkpoints up by their names.
+        self._checkpoints = config if ray_cluster.is_local else asked
         self._ray = ray_cluster
         self._is_pinned = config.pin_pools
         """Once true always true: a pool whose last node is gone waits for one of its own kind."""
@@ -83,14 +84,12 @@ class System:
     def start(cls, config: ClusterConfig, *, report: Report = lambda stage, text: None) -> Self:
         """Start everything and return once all workers and the router serve. Raises DuopoolError."""
         report("model", f"preparing {config.model.model}")
-        asked_model = config.model
-        config = _with_model_folder(config, report).model_copy(update={"internal": prepare(config.internal)})
-        # Folders of this machine mean nothing on other nodes; workers there look the model up by its name.
-        asked_model = asked_model.model_copy(update={"served_model_name": config.model.served_model_name})
+        asked = config
+        config = _with_model_folders(config, report).model_copy(update={"internal": prepare(config.internal)})
         report("ray", "starting a local Ray" if config.ray_address is None else f"joining {config.ray_address}")
         ray_cluster = launch(config.ray_address)
         try:
-            system = cls(config, ray_cluster, asked_model=asked_model)
+            system = cls(config, ray_cluster, asked=asked)
         except BaseException:
             ray_cluster.stop()
             raise
@@ -266,7 +265,10 @@ class System:
             device=self._gpus.devices[role],
             gpu_share=num_gpus or 1.0,
         )
-        model = worker.model.model_copy(update={"model": self._model_source})
+        checkpoints: dict[str, str | None] = {"model": self._checkpoints.model.model}
+        if role is Role.DECODE:
+            checkpoints["weights"] = self._checkpoints.decode_model
+        model = worker.model.model_copy(update=checkpoints)
         return RayWorkerProcess(worker.model_copy(update={"model": model}), options=options)
 
 
@@ -274,9 +276,14 @@ NODE_ADDRESS = "auto"
 """Worker host that stands for the address by which its Ray node is known."""
 
 
-def _with_model_folder(config: ClusterConfig, report: Report) -> ClusterConfig:
-    """Prepare the model once, before workers do it at the same time, and fix the name it is served by."""
-    source = resolve_model(config.model.model, lambda text: report("model", text))
+def _with_model_folders(config: ClusterConfig, report: Report) -> ClusterConfig:
+    """Prepare checkpoints once, before workers do it at the same time, and fix the name the model is served by."""
+
+    def found(name: str) -> ModelSource:
+        return resolve_model(name, lambda text: report("model", text))
+
+    source = found(config.model.model)
+    decode_model = None if config.decode_model is None else str(found(config.decode_model).folder)
     name = config.model.served_model_name or source.name
     model = config.model.model_copy(update={"model": str(source.folder), "served_model_name": name})
-    return config.model_copy(update={"model": model})
+    return config.model_copy(update={"model": model, "decode_model": decode_model})

@@ -31,6 +31,8 @@ class ModelConfig(_Config):
     dtype: DTypeName = "auto"
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt plus output in tokens; the model's own limit when None."""
+    weights: str | None = None
+    """Another checkpoint of the same model, whose weights are run in place of the model's own."""
     quantization: QuantizationName | None = None
     """Round the weights at load; see docs/benchmarks.md for what that costs in quality."""
 

@@ -18,7 +18,7 @@ from duopool.core.errors import UnsupportedModel
 from duopool.engine.fused_model import fuse
 from duopool.engine.grammar import GrammarMasks
 from duopool.engine.kv_layout import KVLayout
-from duopool.engine.model_loader import LoadedModel, load_model
+from duopool.engine.model_loader import LoadedModel, as_model_of, load_model
 from duopool.engine.model_source import Progress, resolve_model
 from duopool.engine.overlay import apply_overlays
 from duopool.engine.probe import ROUNDED_TOLERANCE, check_parity, eager_logits, find_layout
@@ -48,10 +48,13 @@ class CheckedModel:
         """Find, load and check the model; raise ModelNotFound, UnsupportedModel."""
         report: Callable[[str], None] = progress or (lambda _: None)
         source = resolve_model(model_config.model, report)
-        report(f"loading {source.name}")
+        weights = source if model_config.weights is None else resolve_model(model_config.weights, report)
+        report(f"loading {weights.name}")
         model = load_model(
-            source.folder, dtype=model_config.dtype, max_model_len=model_config.max_model_len, device=device
+            weights.folder, dtype=model_config.dtype, max_model_len=model_config.max_model_len, device=device
         )
+        if weights is not source:
+            model = as_model_of(source.folder, model)
         masks = GrammarMasks.from_folder(source.folder, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
         report("checking attention")
         return cls.of(model, cache_config.block_size, masks, model_config.quantization)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from duopool.engine.forward_context import PagedContext, current_context
 from duopool.engine.model_loader import LoadedModel
+from duopool.engine.quantized_weights import has_plain_layers
 from duopool.kernels import ops
 from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, StackWeights
 
@@ -77,6 +78,7 @@ def _has_the_shape(module: Any, model: LoadedModel) -> bool:
         and config.hidden_act == "silu"
         and rope.get("rope_type") in STATIC_ROPE
         and rope.get("partial_rotary_factor", 1.0) == 1.0
+        and has_plain_layers(module)
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from duopool.engine.lean_modules import LeanAttention, LeanGatedMLP, LeanLinear, LeanRMSNorm
+from duopool.engine.quantized_weights import has_plain_layers, is_plain
 from duopool.kernels import ops
 
 LLAMA_SHAPED_ATTENTION = frozenset(
@@ -38,13 +39,13 @@ class Overlay:
 
 def _is_llama_attention(module: nn.Module) -> bool:
     kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__}" in LLAMA_SHAPED_ATTENTION
+    return f"{kind.__module__}.{kind.__qualname__}" in LLAMA_SHAPED_ATTENTION and has_plain_layers(module)
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
     linears = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     names = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
-    return all(isinstance(each, nn.Linear) for each in linears) and len(names) == 3 and hasattr(module, "act_fn")
+    return all(is_plain(each) for each in linears) and len(names) == 3 and hasattr(module, "act_fn")
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -54,7 +55,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and ops.linear_is_worthwhile(module.weight.dtype)
+    return is_plain(module) and ops.linear_is_worthwhile(module.weight.dtype)  # type: ignore[arg-type]
 
 
 def _width(prefix: str) -> Callable[[nn.Module], int]:

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -178,7 +178,7 @@ class WorkerProcess:
             vocab_size=runner.vocab_size,
             dtype=runner.dtype,
             tokenizer_digest=tokenizer_digest(source.folder),
-            notes=(*_rounding(config.model), *runner.notes, *(() if engine is None else (engine.note,))),
+            notes=(*_weights(config.model), *runner.notes, *(() if engine is None else (engine.note,))),
             pid=os.getpid(),
         )
 
@@ -220,9 +220,12 @@ class WorkerProcess:
             self._assembly.worker.check()
 
 
-def _rounding(model: ModelConfig) -> tuple[str, ...]:
-    """What an operator is told of rounded weights."""
-    return () if model.quantization is None else (f"weights rounded to {model.quantization}",)
+def _weights(model: ModelConfig) -> Iterator[str]:
+    """What an operator is told of weights that are not the model's own."""
+    if model.weights is not None:
+        yield f"weights of {model.weights}"
+    if model.quantization is not None:
+        yield f"weights rounded to {model.quantization}"
 
 
 def _die(error: Exception) -> None:

@@ -46,7 +46,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         cluster = RayCluster(
             address="nowhere", is_local=is_local, num_cpus=2, num_gpus=num_gpus, janitor=None, control_plane=None
         )
-        system = System(config, cluster, asked_model=ModelConfig(model="asked"))
+        asked = ClusterConfig(model=ModelConfig(model="asked"), decode_model="asked, quantized")
+        system = System(config, cluster, asked=asked)
         for role in Role:
             system._spawn(WorkerId(f"{role}-0"), role)
         return started
@@ -55,10 +56,13 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 
 
 @pytest.mark.parametrize("is_local", [True, False])
-def test_decode_workers_alone_round_their_weights(is_local: bool, start: Start) -> None:
-    models = {role: worker.model for role, (worker, _) in start(is_local=is_local, decode_quantization="int8").items()}
+def test_decode_workers_alone_have_other_weights(is_local: bool, start: Start) -> None:
+    started = start(is_local=is_local, decode_model="/a/quantized/folder", decode_quantization="int8")
+    models = {role: worker.model for role, (worker, _) in started.items()}
     assert models[Role.PREFILL].quantization is None
+    assert models[Role.PREFILL].weights is None
     assert models[Role.DECODE].quantization == "int8"
+    assert models[Role.DECODE].weights == ("/a/quantized/folder" if is_local else "asked, quantized")
     assert {model.model for model in models.values()} == {"/a/folder" if is_local else "asked"}
     assert {model.served_model_name for model in models.values()} == {"tiny"}
 
