@@ -3,8 +3,9 @@
 Waiting is measured in prompt tokens, bounded, and timed as they leave; a newcomer waits for those of its own priority
 and of earlier ones. Decoding is measured by the pace at which every request gets its tokens now, which is taken to slow
 down as much as the batch grows. Where it does not, the measured pace soon says so, and the batch may grow again: a slow
-start. A request that would wait too long, or end past its deadline, is refused at once, and so what was accepted is
-finished, unless too many of an earlier priority come behind it.
+start. An output is taken to be as long as those whose `max_tokens` was of about the same size. A request that would
+wait too long, or end past its deadline, is refused at once, and so what was accepted is finished, unless too many of an
+earlier priority come behind it.
 
 Knows no request; each holds its place.
 """
@@ -19,15 +20,16 @@ from duopool.core.errors import Overloaded
 
 MEMORY_S = 4.0
 """How fast measurements of the past fade."""
-LEAST_MEASURED_S = 0.5
+LEAST_MEASURED_S = 0.1
 """Time under work before a rate means anything."""
 LEAST_RETRY_S = 0.5
 FIRST_GUESS = 128
-"""Tokens of an output, before any has ended."""
+"""Tokens of an output, before any of about the same `max_tokens` has ended."""
 SMALL_BATCH = 8
 """Up to this many, a step is taken to cost the same."""
-USED_SHARE = 0.8
-"""Of the time that a request has; the rest is for what the estimate does not see."""
+USED_SHARE = 0.65
+"""Of the time that a request has. When a load sets in, everything takes up to 1.35 times what the rates of before say
+(docs/reliability.md): the stages did not take each other's processor time then."""
 
 
 class WaitingRoom:
@@ -47,8 +49,8 @@ class WaitingRoom:
         """Seconds in which anybody waited, per prompt token that left."""
         self._pace = _Rate()
         """Seconds in which a request decoded, per token that it got."""
-        self._output_length = 0.0
-        """Tokens of requests that finished; the newest count most."""
+        self._output_lengths: dict[int, float] = {}
+        """Mean tokens of outputs that finished, the newest count most, by the number of bits of their `max_tokens`."""
         self._noted_at = clock()
 
     @contextmanager
@@ -57,7 +59,7 @@ class WaitingRoom:
     ) -> Iterator[list[Place]]:
         """A place for each of a call's requests, left at the latest when the block is; Overloaded if there is none."""
         self.check(sum(num_tokens), max_tokens=max_tokens, time_left_s=time_left_s, priority=priority)
-        places = [Place(self, number, priority) for number in num_tokens]
+        places = [Place(self, number, max_tokens, priority) for number in num_tokens]
         try:
             yield places
         finally:
@@ -94,7 +96,8 @@ class WaitingRoom:
         """How long a newcomer will decode, beside all that are here; 0 as long as no pace is known."""
         self._note()
         growth = (self.num_decoding + self.num_waiting + 1) / max(SMALL_BATCH, self._pace.mean_load)
-        return min(max_tokens, self._output_length or FIRST_GUESS) * self._pace.seconds_each * max(1.0, growth)
+        num_tokens = min(max_tokens, self._output_lengths.get(max_tokens.bit_length(), FIRST_GUESS))
+        return num_tokens * self._pace.seconds_each * max(1.0, growth)
 
     def _note(self) -> None:
         """Let the time since the last call count."""
@@ -125,20 +128,22 @@ class WaitingRoom:
         self._note()
         self._pace.count += num_tokens
 
-    def _end(self, num_output_tokens: int, *, is_finished: bool) -> None:
+    def _end(self, num_tokens: int, max_tokens: int, *, is_finished: bool) -> None:
         self._note()
         self.num_decoding -= 1
         if is_finished:
-            kept = 0.9 if self._output_length else 0.0
-            self._output_length = self._output_length * kept + num_output_tokens * (1.0 - kept)
+            kind = max_tokens.bit_length()
+            mean = self._output_lengths.get(kind, num_tokens)
+            self._output_lengths[kind] = mean + (num_tokens - mean) / 10
 
 
 class Place:
     """One request's: it waits, decodes, and is over. Each step may be said again."""
 
-    def __init__(self, room: WaitingRoom, num_tokens: int, priority: int = 0) -> None:
+    def __init__(self, room: WaitingRoom, num_tokens: int, max_tokens: int, priority: int) -> None:
         self._room = room
         self._num_tokens = num_tokens
+        self._max_tokens = max_tokens
         self._priority = priority
         self._num_emitted = 0
         self._is_waiting = True
@@ -167,7 +172,7 @@ class Place:
             self._is_waiting = False
             self._room._leave(self._num_tokens, self._priority, is_served=False)
         else:
-            self._room._end(self._num_emitted, is_finished=is_finished)
+            self._room._end(self._num_emitted, self._max_tokens, is_finished=is_finished)
 
 
 class _Rate:
