@@ -30,7 +30,7 @@ class SupervisorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tick_s: float = Field(default=0.1, gt=0)
+    tick_s: float = Field(default=0.25, gt=0)
     ping_s: float = Field(default=0.5, gt=0)
     ping_timeout_s: float = Field(default=15.0, gt=0)
     """A worker that answers no ping for this long is replaced, even if its process still exists."""

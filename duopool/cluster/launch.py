@@ -6,6 +6,7 @@ only, under a token that lives in this process's environment and in no file; its
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -13,6 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from duopool.cluster.control_plane import ControlPlane
 from duopool.cluster.janitor import Janitor
@@ -23,6 +26,7 @@ CONTROL_PLANE_TIMEOUT_S = 600
 """Ray's processes end when their control plane has been away for this long."""
 NAMESPACE = "duopool"
 LOOPBACK = "127.0.0.1"
+_LOG_MONITOR = "log_monitor.py"
 _SOCKET_ROOM = 30
 """Ray appends some 75 characters to its folder for unix sockets, whose paths end at 107."""
 
@@ -81,7 +85,7 @@ def _start_local() -> RayCluster:
     (folder / "gcs").mkdir()
     try:
         # Ray opens its own folder to everyone, so it gets one below ours.
-        return _init(
+        cluster = _init(
             is_local=True,
             janitor=janitor,
             address="local",
@@ -97,11 +101,23 @@ def _start_local() -> RayCluster:
                 "gcs_rpc_server_reconnect_timeout_s": CONTROL_PLANE_TIMEOUT_S,
                 # Ray takes its workers for batch jobs and lets everything else go before them; ours answer people.
                 "worker_niceness": 0,
+                # A spare process would wake up a hundred times a second, for actors that are hardly ever placed.
+                "num_workers_soft_limit": 0,
             },
         )
     except BaseException:
         janitor.clear_up()
         raise
+    _end_log_monitor()
+    return cluster
+
+
+def _end_log_monitor() -> None:
+    """Ray looks ten times a second for what its workers print, for drivers that listen; this one does not."""
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(argument.endswith(_LOG_MONITOR) for argument in process.cmdline()):
+                process.kill()
 
 
 def _join(address: str) -> RayCluster:

@@ -6,6 +6,8 @@ send anything: a service takes the events away. Not thread-safe; the worker's lo
 
 from __future__ import annotations
 
+import msgspec
+
 from duopool.core.kv_events import net_changes
 from duopool.core.kv_manager import KVCacheManager
 from duopool.core.ledger import Owner
@@ -15,6 +17,8 @@ from duopool.core.worker import Addressed, SessionId
 
 BUSY_RETRY_AFTER_S = 0.5
 """When a router may ask a busy worker again."""
+MOST_SILENT_TICKS = 5
+"""A worker that does nothing says so this often: far from what a watchdog waits for, and next to nothing to send."""
 
 
 class Outbox:
@@ -79,8 +83,8 @@ class Outbox:
             self._events.append(Addressed(None, event))
 
     def say_load(self, load: WorkerLoad) -> None:
-        """Tell every session how busy the worker is, unless nothing has changed."""
-        if load != self._load:
+        """Tell every session how busy the worker is; where only time has passed, every `MOST_SILENT_TICKS` ticks."""
+        if self._load is None or not _is_old_news(load, self._load):
             self._load = load
             self.say_to_all(load)
 
@@ -102,3 +106,9 @@ class Outbox:
         """Empty the box."""
         events, self._events = self._events, []
         return tuple(events)
+
+
+def _is_old_news(load: WorkerLoad, told: WorkerLoad) -> bool:
+    """Only time has passed, and little of it."""
+    is_recent = load.num_ticks - told.num_ticks < MOST_SILENT_TICKS
+    return is_recent and load == msgspec.structs.replace(told, num_ticks=load.num_ticks)
