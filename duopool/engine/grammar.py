@@ -13,10 +13,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import llguidance
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import llguidance
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ class GrammarMasks:
 
         def load() -> None:
             try:
+                import llguidance
+
                 text = _tokenizer_json(folder)
                 tokenizer.set_result(llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=eos))
             except Exception as error:
@@ -60,6 +65,8 @@ class GrammarMasks:
             if matcher is not None:
                 matcher.consume_token(output[-1])
         if matcher is None:
+            import llguidance
+
             matcher = llguidance.LLMatcher(self._tokenizer.result(), grammar, log_level=0)
             matcher.consume_tokens(list(output))
         mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)

@@ -17,16 +17,21 @@ from duopool.engine.kv_layout import KVLayout
 
 
 class KVStore:
-    """`num_blocks` pages of one layout on one device. Fresh pages are zero."""
+    """`num_blocks` pages of one layout on one device. Fresh pages are zero.
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu") -> None:
+    With `is_sparse` a store in host memory takes a page's memory when the page is first written.
+    """
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu", *, is_sparse: bool = False
+    ) -> None:
         if num_blocks < 1:
             raise ValueError(f"a KV store needs at least one block, got {num_blocks}")
         self.layout = layout
         self.num_blocks = num_blocks
         self.shared_memory: SharedMemory | None = None
         """Where other processes of this host find page 0; None on a device, and where there is no such memory."""
-        self.pages: Tensor = self._allocate(torch.device(device))
+        self.pages: Tensor = self._allocate(torch.device(device), is_sparse=is_sparse)
         """[num_blocks, page_elements]"""
         self.layers = tuple(self._views())
         """Per layer strided views: keys [N, G, S, D] and values [N, G, S, E]."""
@@ -58,12 +63,14 @@ class KVStore:
         """Address of page 0; page b begins `b * page_bytes` behind it."""
         return self.pages.data_ptr()
 
-    def _allocate(self, device: torch.device) -> Tensor:
+    def _allocate(self, device: torch.device, *, is_sparse: bool) -> Tensor:
         """Zeroed pages, in memory that others may map where that can be had."""
         shape, dtype = (self.num_blocks, self.layout.page_elements), self.layout.dtype
-        shared = shared_memory.allocate(self.num_blocks * self.page_bytes) if device.type == "cpu" else None
-        if shared is None:
+        if device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
+        shared = shared_memory.allocate(self.num_blocks * self.page_bytes, is_sparse=is_sparse)
+        if shared is None:
+            return torch.zeros(shape, dtype=dtype)
         memory, self.shared_memory = shared
         return torch.frombuffer(memory, dtype=dtype).view(shape)
 

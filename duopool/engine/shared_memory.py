@@ -74,10 +74,11 @@ class AttachedMemory:
         os.close(self.owner)
 
 
-def allocate(num_bytes: int) -> tuple[ctypes.Array[ctypes.c_uint8], SharedMemory] | None:
+def allocate(num_bytes: int, *, is_sparse: bool = False) -> tuple[ctypes.Array[ctypes.c_uint8], SharedMemory] | None:
     """Zeroed memory, and where others find it; None where the system has no such memory.
 
-    It is there until the array and everything made over its buffer are gone.
+    It is there until the array and everything made over its buffer are gone. All of it is taken at once, or with
+    `is_sparse` what is touched when it is touched.
     """
     if not hasattr(os, "memfd_create"):
         return None
@@ -93,7 +94,10 @@ def allocate(num_bytes: int) -> tuple[ctypes.Array[ctypes.c_uint8], SharedMemory
     except OSError:
         os.close(file)
         return None
-    _fill(mapping.address, num_bytes)
+    if is_sparse:
+        _libc.madvise(mapping.address, num_bytes, _MADV_HUGEPAGE)
+    else:
+        _fill(mapping.address, num_bytes)
     memory = (ctypes.c_uint8 * num_bytes).from_address(mapping.address)
 
     def release() -> None:

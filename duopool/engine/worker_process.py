@@ -22,9 +22,11 @@ from duopool.core.types import Incarnation, LeaseId, Role, WorkerId
 from duopool.core.worker import Worker
 from duopool.engine import failpoints
 from duopool.engine.checked_model import CheckedModel
+from duopool.engine.kv_store import KVStore
 from duopool.engine.leases import SourceIdentity
 from duopool.engine.model_digest import model_digest, tokenizer_digest
 from duopool.engine.model_source import resolve_model
+from duopool.engine.page_mirror import PageMirror, mirror_of
 from duopool.engine.runner import ModelRunner
 from duopool.engine.served_model import ServedModel
 from duopool.engine.step_loop import StepLoop
@@ -62,6 +64,8 @@ class WorkerParts:
     address: str
     """host:port that the process listens on."""
     runner: ModelRunner
+    mirror: PageMirror | None
+    """Of a store on a device."""
     manager: KVCacheManager
     model: ServedModel
     access: InternalAccess
@@ -77,9 +81,14 @@ class WorkerParts:
         return SourceIdentity(worker_id=self.worker_id, incarnation=self.incarnation, source_address=self.address)
 
     @property
+    def pages(self) -> KVStore:
+        """The pages in host memory, as transports take them."""
+        return self.runner.store if self.mirror is None else self.mirror.host
+
+    @property
     def surroundings(self) -> Surroundings:
         return Surroundings(
-            seal=partial(seal, self.runner.store),
+            seal=partial(seal, self.pages) if self.mirror is None else self.mirror.seal,
             new_lease_id=lambda: LeaseId(secrets.randbits(63)),
             clock=self.clock,
         )
@@ -134,6 +143,7 @@ class WorkerProcess:
             incarnation=self._incarnation,
             address=address,
             runner=runner,
+            mirror=mirror_of(runner.store),
             manager=manager,
             model=model,
             access=access,

@@ -20,7 +20,7 @@ def assemble(parts: WorkerParts) -> Assembly:
     )
     source = SourceService(
         parts.config.handoff.transport,
-        parts.runner.store,
+        parts.pages,
         worker,
         worker_id=parts.worker_id,
         incarnation=parts.incarnation,

@@ -88,15 +88,8 @@ def test_a_model_that_cannot_be_served_is_told_to_the_host(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="`cuda` is to be had here")
-def test_a_worker_that_finds_no_cuda_says_what_it_was_asked_for_and_auto_takes_the_cpu(
-    folder: Path, tmp_path: Path
-) -> None:
-    """Both load their model behind the fork."""
+def test_a_worker_that_finds_no_cuda_says_what_it_was_asked_for(folder: Path, tmp_path: Path) -> None:
     process = process_of(folder, tmp_path, device="cuda")
     with pytest.raises(WorkerRaised, match=r"device: cuda was asked for, and torch .* finds no CUDA device"):
         process.start()
-    process.stop()
-    process = process_of(folder, tmp_path, device="auto")
-    process.start()
-    process.check()
     process.stop()
