@@ -26,15 +26,17 @@ from typing import Any
 
 import grpc
 import psutil
+from bare_client import BareClient, Call
 from own_system import add_options, own_system
 
 from duopool.cluster.admin_access import admin_stub
 from duopool.cluster.measure import percentile
 from duopool.proto import inference_pb2 as pb
-from duopool.proto.status import read_status
 
 LEAST_SHARE = 0.9
 SETTLE_S = 8.0
+PATIENCE_S = 120.0
+"""Of requests that are to be finished whatever it takes."""
 SEARCHED = (1.0, 1.3)
 """Offered loads, against a first guess of the capacity, among which the peak is looked for."""
 
@@ -43,21 +45,36 @@ SEARCHED = (1.0, 1.3)
 class Outcome:
     """What became of the requests of one load. Moments are in seconds from its beginning."""
 
-    num_offered: int = 0
+    began_at: float = field(default_factory=time.monotonic)
+    took_s: float = 0.0
+    """Until the last arrival."""
+    calls: list[Call] = field(default_factory=list)
+    late_s: list[float] = field(default_factory=list)
+    """How much later than its arrival the client sent each request."""
+    busy_s: dict[str, float] = field(default_factory=dict)
+    """Processor time of each process until the last arrival."""
     good_at: list[float] = field(default_factory=list)
     """When requests finished in time."""
     ends: Counter[str] = field(default_factory=Counter)
     refusals_s: list[float] = field(default_factory=list)
     """From sending a request to its refusal."""
-    errors: list[grpc.RpcError] = field(default_factory=list)
-    """The refusals, to be read when there is time for it."""
-    late_s: list[float] = field(default_factory=list)
-    """How much later than its arrival the client sent each request."""
-    busy_s: dict[str, float] = field(default_factory=dict)
-    """Processor time of each process until the last arrival."""
-    began_at: float = field(default_factory=time.monotonic)
-    took_s: float = 0.0
-    """Until the last arrival."""
+    num_without_retry: int = 0
+    """Refusals that do not say when to come back."""
+
+    def read(self, deadline_s: float) -> None:
+        """Look at all answers."""
+        for call in self.calls:
+            status, took_s = call.status(), call.ended_at - call.sent_at
+            if status is not None and status.code is grpc.StatusCode.OK and took_s <= deadline_s:
+                self.ends["finished"] += 1
+                self.good_at.append(call.ended_at - self.began_at)
+            elif status is not None and status.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                self.ends["refused"] += 1
+                self.refusals_s.append(took_s)
+                self.num_without_retry += status.retry_after_s is None
+            else:
+                name = "cut off" if status is None else status.code.name
+                self.ends[f"{name} {'begun' if call.num_data_frames else 'waiting'}"] += 1
 
     @property
     def goodput(self) -> float:
@@ -71,7 +88,7 @@ class Outcome:
 
     def __str__(self) -> str:
         lines = [
-            f"offered {self.num_offered / self.took_s:.1f}/s, goodput {self.goodput:.2f}/s, {dict(self.ends)}",
+            f"offered {len(self.calls) / self.took_s:.1f}/s, goodput {self.goodput:.2f}/s, {dict(self.ends)}",
             "cores: " + ", ".join(f"{name} {busy_s / self.took_s:.2f}" for name, busy_s in self.busy_s.items()),
         ]
         if self.late_s:
@@ -116,10 +133,8 @@ class Processes:
 class Client:
     """Sends the same kind of request again and again."""
 
-    def __init__(self, channel: grpc.aio.Channel, processes: Processes, arguments: argparse.Namespace) -> None:
-        self._generate = channel.unary_stream(
-            "/duopool.v1.Inference/Generate", response_deserializer=pb.GenerateResponse.FromString
-        )
+    def __init__(self, client: BareClient, processes: Processes, arguments: argparse.Namespace) -> None:
+        self._client = client
         self._processes = processes
         self._arguments = arguments
         self._random = Random(arguments.seed)
@@ -130,50 +145,38 @@ class Client:
 
         async def stream() -> None:
             while time.monotonic() - outcome.began_at < seconds:
-                await self._one(outcome, self._request(), timeout_s=120.0)
+                outcome.calls.append(self._client.call(self._request(), timeout_s=PATIENCE_S))
+                await self._client.ended(outcome.calls[-1])
 
         await asyncio.gather(*(stream() for _ in range(num_streams)))
         outcome.took_s = time.monotonic() - outcome.began_at
-        return outcome
+        return await self._read(outcome, deadline_s=PATIENCE_S)
 
     async def open_loop(self, rate: float, seconds: float) -> Outcome:
         """Requests at `rate` per second, whatever becomes of them."""
         arrivals = [self._random.expovariate(rate)]
         while arrivals[-1] < seconds:
             arrivals.append(arrivals[-1] + self._random.expovariate(rate))
+        # On the wire already: what making them costs is not to be taken from the system while it is measured.
         requests = [self._request() for _ in arrivals]
         before, outcome = self._processes.busy_s(), Outcome()
-        tasks = []
         for due_s, request in zip(arrivals, requests, strict=True):
             await asyncio.sleep(max(0.0, outcome.began_at + due_s - time.monotonic()))
             outcome.late_s.append(time.monotonic() - outcome.began_at - due_s)
-            tasks.append(asyncio.create_task(self._one(outcome, request, timeout_s=self._arguments.deadline_s)))
+            outcome.calls.append(self._client.call(request, timeout_s=self._arguments.deadline_s))
         outcome.took_s = time.monotonic() - outcome.began_at
         outcome.busy_s = {name: busy_s - before[name] for name, busy_s in self._processes.busy_s().items()}
-        await asyncio.gather(*tasks)
+        return await self._read(outcome, deadline_s=self._arguments.deadline_s)
+
+    async def _read(self, outcome: Outcome, *, deadline_s: float) -> Outcome:
+        async with asyncio.timeout(PATIENCE_S):
+            for call in outcome.calls:
+                await self._client.ended(call)
+        self._client.read()
+        outcome.read(deadline_s)
         return outcome
 
-    async def _one(self, outcome: Outcome, request: bytes, *, timeout_s: float) -> None:
-        outcome.num_offered += 1
-        sent_at = time.monotonic()
-        is_accepted = False
-        try:
-            call = self._generate(request, timeout=timeout_s)
-            while (response := await call.read()) is not grpc.aio.EOF:
-                is_accepted = True
-                if response.HasField("finished"):
-                    outcome.good_at.append(time.monotonic() - outcome.began_at)
-                    outcome.ends["finished"] += 1
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                outcome.ends["refused"] += 1
-                outcome.refusals_s.append(time.monotonic() - sent_at)
-                outcome.errors.append(error.with_traceback(None))
-            else:
-                outcome.ends[f"{error.code().name} {'begun' if is_accepted else 'waiting'}"] += 1
-
     def _request(self) -> bytes:
-        """On the wire already: what making it costs is not to be taken from the system while it is measured."""
         prompt = [self._random.randrange(3, 1000) for _ in range(self._arguments.prompt_tokens)]
         sampling = pb.SamplingParams(max_tokens=self._arguments.output_tokens, temperature=0, ignore_eos=True)
         return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling).SerializeToString()
@@ -181,7 +184,8 @@ class Client:
 
 async def run(client: Client, processes: Processes, arguments: argparse.Namespace) -> bool:
     await client.closed_loop(8, 3.0)
-    guess = (await client.closed_loop(arguments.streams, arguments.search_s / 2)).goodput
+    closed = await client.closed_loop(arguments.streams, arguments.search_s / 2)
+    guess = len(closed.good_at) / closed.took_s
     print(f"{arguments.streams} streams, each request after the other: {guess:.2f}/s", flush=True)
     outcomes = {}
     for rate in [share * guess for share in SEARCHED]:
@@ -200,16 +204,18 @@ async def run(client: Client, processes: Processes, arguments: argparse.Namespac
     share = over.goodput / peak
     print(f"goodput at {arguments.times:.0f} times the peak load: {share:.0%} of the peak of {peak:.2f}/s", end="; ")
     print(f"{over.per_core_left / per_core_left:.0%} per core that the client leaves")
-    num_without = sum(read_status(error).retry_after_s is None for error in over.errors)
-    print(f"refusals without RetryInfo: {num_without}")
-    return share >= LEAST_SHARE and num_without == 0
+    print(f"refusals without RetryInfo: {over.num_without_retry}")
+    return share >= LEAST_SHARE and over.num_without_retry == 0
 
 
 async def main_async(address: str, arguments: argparse.Namespace) -> bool:
     with admin_stub(address) as admin:
         processes = Processes(admin)
-        async with grpc.aio.insecure_channel(address) as channel:
-            return await run(Client(channel, processes, arguments), processes, arguments)
+        client = await BareClient.connect(address, "/duopool.v1.Inference/Generate")
+        try:
+            return await run(Client(client, processes, arguments), processes, arguments)
+        finally:
+            client.close()
 
 
 def main() -> int:

@@ -84,9 +84,13 @@ def grpc_status(error: DuopoolError) -> grpc.Status:
 
 def read_status(error: grpc.RpcError) -> StatusDetails:
     """What the server said, from the error that a sync or async gRPC client raised."""
+    packed = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
+    return read_trailers(error.code(), error.details() or "", packed)
+
+
+def read_trailers(code: grpc.StatusCode, message: str, packed: bytes | None) -> StatusDetails:
+    """The same from its parts; `packed` is a google.rpc.Status."""
     field = retry_after_s = reason = None
-    metadata = dict(error.trailing_metadata() or ())
-    packed = metadata.get("grpc-status-details-bin")
     if packed is not None:
         for detail in status_pb2.Status.FromString(packed).details:
             bad_request = error_details_pb2.BadRequest()
@@ -98,9 +102,7 @@ def read_status(error: grpc.RpcError) -> StatusDetails:
                 retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
             elif detail.Unpack(info):
                 reason = info.reason
-    return StatusDetails(
-        code=error.code(), message=error.details() or "", field=field, retry_after_s=retry_after_s, reason=reason
-    )
+    return StatusDetails(code=code, message=message, field=field, retry_after_s=retry_after_s, reason=reason)
 
 
 def _details(error: DuopoolError, code: grpc.StatusCode) -> list[Proto]:
