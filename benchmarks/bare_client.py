@@ -10,7 +10,7 @@ import asyncio
 import struct
 import time
 from base64 import b64decode
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Self
 
@@ -34,7 +34,8 @@ class Call:
 
     sent_at: float
     ended_at: float = 0.0
-    num_data_frames: int = 0
+    data_at: list[float] = field(default_factory=list)
+    """When each data frame came; gRPC puts one message or more into one."""
     headers: dict[str, str] | None = None
     """With the trailers; None until they are read."""
 
@@ -138,7 +139,7 @@ class BareClient(asyncio.Protocol):
             if kind == HEADERS:
                 self._came.append((call, payload))
             else:
-                call.num_data_frames += 1
+                call.data_at.append(time.monotonic())
             if flags & END_STREAM:
                 self._end(stream_id)
         elif kind == RST_STREAM and stream_id in self._calls:

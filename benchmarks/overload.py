@@ -2,12 +2,13 @@
 
     python benchmarks/overload.py [--seconds 60] [--times 10] [--model smollm2]
 
-Goodput counts requests that finish before their deadline. Capacity is looked for at two offered loads; the better of
-them is offered once more behind the overload, for a machine may be faster in one minute than in the next: the mean of
-its two goodputs is the peak. Arrivals are Poisson and never wait for answers. Refusals must be RESOURCE_EXHAUSTED with
-RetryInfo. The client is a process of its own, and says how late it was itself, and what share of the cores it and each
-process of the system took: what ten times the requests cost it here, clients of a real system pay elsewhere, so goodput
-is compared per core that it leaves too. Exit code 1 if goodput under overload is below 90 % of the peak as it stands.
+Goodput counts requests that finish before their deadline, as their tokens come. Capacity is looked for at two offered
+loads; the better of them is offered once more behind the overload, for a machine may be faster in one minute than in
+the next: the mean of its two goodputs is the peak. Arrivals are Poisson and never wait for answers. Refusals must be
+RESOURCE_EXHAUSTED with RetryInfo. The client is a process of its own, and says how late it was itself, and what share
+of the cores it and each process of the system took: what ten times the requests cost it here, clients of a real system
+pay elsewhere, so goodput is compared per core that it leaves too. Exit code 1 if goodput under overload is below 90 %
+of the peak as it stands.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Outcome:
     """How much later than its arrival the client sent each request."""
     busy_s: dict[str, float] = field(default_factory=dict)
     """Processor time of each process until the last arrival."""
-    good_at: list[float] = field(default_factory=list)
-    """When requests finished in time."""
+    good: list[Call] = field(default_factory=list)
+    """Those that finished in time."""
     ends: Counter[str] = field(default_factory=Counter)
     refusals_s: list[float] = field(default_factory=list)
     """From sending a request to its refusal."""
@@ -67,19 +68,23 @@ class Outcome:
             status, took_s = call.status(), call.ended_at - call.sent_at
             if status is not None and status.code is grpc.StatusCode.OK and took_s <= deadline_s:
                 self.ends["finished"] += 1
-                self.good_at.append(call.ended_at - self.began_at)
+                self.good.append(call)
             elif status is not None and status.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 self.ends["refused"] += 1
                 self.refusals_s.append(took_s)
                 self.num_without_retry += status.retry_after_s is None
             else:
                 name = "cut off" if status is None else status.code.name
-                self.ends[f"{name} {'begun' if call.num_data_frames else 'waiting'}"] += 1
+                self.ends[f"{name} {'begun' if call.data_at else 'waiting'}"] += 1
 
     @property
     def goodput(self) -> float:
-        """Requests per second that finished in time, once the load had settled and before it ended."""
-        return sum(SETTLE_S <= at <= self.took_s for at in self.good_at) / (self.took_s - SETTLE_S)
+        """Requests per second that finish in time, once the load has settled and until it ends.
+
+        A request counts as far as its data came then: whole batches finish together, and would fall in or out.
+        """
+        start, end = self.began_at + SETTLE_S, self.began_at + self.took_s
+        return sum(mean(start <= at < end for at in call.data_at) for call in self.good) / (end - start)
 
     @property
     def per_core_left(self) -> float:
@@ -149,7 +154,7 @@ class Client:
                 await self._client.ended(outcome.calls[-1])
 
         await asyncio.gather(*(stream() for _ in range(num_streams)))
-        outcome.took_s = time.monotonic() - outcome.began_at
+        outcome.took_s = seconds
         return await self._read(outcome, deadline_s=PATIENCE_S)
 
     async def open_loop(self, rate: float, seconds: float) -> Outcome:
@@ -184,8 +189,7 @@ class Client:
 
 async def run(client: Client, processes: Processes, arguments: argparse.Namespace) -> bool:
     await client.closed_loop(8, 3.0)
-    closed = await client.closed_loop(arguments.streams, arguments.search_s / 2)
-    guess = len(closed.good_at) / closed.took_s
+    guess = (await client.closed_loop(arguments.streams, SETTLE_S + arguments.search_s / 3)).goodput
     print(f"{arguments.streams} streams, each request after the other: {guess:.2f}/s", flush=True)
     outcomes = {}
     for rate in [share * guess for share in SEARCHED]:
