@@ -248,7 +248,8 @@ def serve(
         )
     except ValidationError as error:
         for problem in error.errors():
-            complain(": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"]))))
+            field, text = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+            complain(f"{field}: {text}" if field else text)
         raise typer.Exit(EXIT_USAGE) from error
     signal.signal(signal.SIGTERM, _interrupt)
     with clear_errors():
