@@ -114,7 +114,8 @@ class PrefillScheduler:
             manager.free(request.table)
             return False
         request.num_cached_tokens = request.num_computed_tokens = num_cached
-        request.started_at = now
+        # It may have come while the step, which began before it, waited for the worker's lock.
+        request.started_at = max(now, request.arrived_at)
         request.phase = PrefillPhase.FILLING
         self.waiting.remove(request)
         insort(self.filling, request, key=_turn)

@@ -1,11 +1,12 @@
 """A prefill and a decode stage behind a waiting room, on a clock of their own: what becomes of a load there.
 
 A decode step costs a fixed time and some for each sequence, a prefill step some for each token. Prompts are prefilled
-in order, then wait for a seat in the batch. Who is past the deadline leaves at once.
+by priority, else in order, then wait for a seat in the batch. Who is past the deadline leaves at once.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Wish:
     prompt_tokens: int
     output_tokens: int
     deadline_s: float = inf
+    priority: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -99,13 +101,18 @@ class System:
         call, time_left_s = ExitStack(), None if wish.deadline_s == inf else wish.deadline_s
         try:
             (place,) = call.enter_context(
-                self._room.enter([wish.prompt_tokens], max_tokens=wish.output_tokens, time_left_s=time_left_s)
+                self._room.enter(
+                    [wish.prompt_tokens],
+                    max_tokens=wish.output_tokens,
+                    time_left_s=time_left_s,
+                    priority=wish.priority,
+                )
             )
         except Overloaded:
             return
         self.outcome.num_accepted += 1
         self.num_under_way += 1
-        self._prompts.append(Sequence(wish, call, place, self.now, wish.prompt_tokens))
+        insort(self._prompts, Sequence(wish, call, place, self.now, wish.prompt_tokens), key=_turn)
 
     def advance(self, until: float) -> None:
         """Let time pass."""
@@ -144,7 +151,7 @@ class System:
             one.num_missing -= num_tokens
             if not one.num_missing and one in self._prompts:
                 self._prompts.remove(one)
-                self._prefilled.append(one)
+                insort(self._prefilled, one, key=_turn)
                 one.emit()
 
     def _end_decode(self) -> None:
@@ -168,6 +175,10 @@ class System:
         queue.remove(one)
         one.call.close()
         self.num_under_way -= 1
+
+
+def _turn(one: Sequence) -> int:
+    return one.wish.priority
 
 
 def open_loop(system: System, wish: Callable[[], Wish], *, rate: float, seconds: float, random: Random) -> Outcome:

@@ -20,6 +20,7 @@ from duopool.core.messages import (
     Validate,
 )
 from duopool.core.types import BlockId, Incarnation, LeaseId, RequestId
+from duopool.proto import codec
 
 
 def leased(num_tokens: int = 10) -> tuple[Pair, BlocksReady]:
@@ -166,6 +167,20 @@ def test_every_block_is_listed_once_with_the_digest_of_its_content() -> None:
             assert block.digest == pair.prefill_store.digest(block.block_id)
             assert block.generation == pair.prefill_manager.generation(block.block_id)
         assert not any(isinstance(event, Nack) for event in pair.events)
+
+
+def test_a_prompt_that_comes_while_a_step_begins_has_not_waited() -> None:
+    """The step's moment was read before it had the worker's lock; a negative time would end the whole session."""
+    pair = make_pair()
+    request = pair.request("r0", [1, 2, 3], max_tokens=4, ignore_eos=True)
+    begun_at = pair.clock.now
+    pair.clock.now += 0.01
+    pair.to_prefill(Prefill(request=request, attempt=1))
+    pair.prefill.step(now=begun_at)
+    pair.collect()
+    (ready,) = [event for event in pair.events if isinstance(event, BlocksReady)]
+    assert ready.queue_s == 0.0
+    assert codec.decoder(BlocksReady)(codec.encode(ready)) == ready
 
 
 @pytest.mark.parametrize("num_damaged", [1, 2])
