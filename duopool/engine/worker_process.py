@@ -188,7 +188,12 @@ class WorkerProcess:
             vocab_size=runner.vocab_size,
             dtype=runner.dtype,
             tokenizer_digest=tokenizer_digest(source.folder),
-            notes=(*_weights(config.model), *runner.notes, *(() if engine is None else (engine.note,))),
+            notes=(
+                *_weights(config.model),
+                *_fallback(config, self._model),
+                *runner.notes,
+                *(() if engine is None else (engine.note,)),
+            ),
             pid=os.getpid(),
         )
 
@@ -236,6 +241,12 @@ def _weights(model: ModelConfig) -> Iterator[str]:
         yield f"weights of {model.weights}"
     if model.quantization is not None:
         yield f"weights rounded to {model.quantization}"
+
+
+def _fallback(config: WorkerConfig, model: CheckedModel) -> tuple[str, ...]:
+    """`auto` is asked for only where Ray has a GPU for the worker."""
+    is_without = config.device == "auto" and model.model.device.type == "cpu"
+    return ("torch finds no CUDA device, so this worker computes on the CPU",) if is_without else ()
 
 
 def _die(error: Exception) -> None:
