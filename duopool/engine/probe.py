@@ -26,9 +26,10 @@ from duopool.engine.model_loader import LoadedModel
 PROBE_LENGTHS = (23, 1, 14)
 """Tokens of each probe request; the first spans blocks, and small windows, in both steps."""
 PROBE_BLOCK_SIZE = 4
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
-"""Largest difference allowed, as a share of the eager logits' spread."""
-ROUNDED_TOLERANCE: dict[QuantizationName, float] = {"int8": 0.1, "int4": 0.5}
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
+"""Largest difference allowed, as a share of the eager logits' spread. In bfloat16 eager logits are up to 7 % away from
+their own float32 (SmolLM2, weights of 4 bits), where ours are within 2 %."""
+ROUNDED_TOLERANCE: dict[QuantizationName, float] = {"int8": 0.2, "int4": 0.5}
 """As TOLERANCE, for weights of few bits: a wrong layer differs by more, how good a right one is must be measured."""
 
 

@@ -63,11 +63,15 @@ def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], masks: GrammarMasks |
     if not specs:
         return []
     rows_of_logits = _Rows.of(logits_RV.float())
-    is_sane = rows_of_logits.best.isfinite()  # the largest of a row with a NaN is NaN
-    if not is_sane.all():
-        rows_of_logits = _Rows.of(rows_of_logits.logits.masked_fill(~is_sane.unsqueeze(1), 0.0))
+    insane = [row for row, best in enumerate(rows_of_logits.best.tolist()) if not math.isfinite(best)]
+    if insane:  # the largest of a row with a NaN is NaN
+        logits = rows_of_logits.logits.clone()
+        logits[insane] = 0.0
+        rows_of_logits = _Rows.of(logits)
     logits = rows_of_logits.logits
-    chosen = _choose(rows_of_logits, specs, masks).masked_fill(~is_sane, NO_TOKEN).tolist()
+    chosen: list[int] = _choose(rows_of_logits, specs, masks).tolist()
+    for row in insane:
+        chosen[row] = NO_TOKEN
     logprobs: dict[int, SampledToken] = {}
     rows = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None and chosen[row] != NO_TOKEN]
     if rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, Stac
 from duopool.kernels.linear import cpu as linear_cpu
 
 _POINTER, _NUMBER, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_Addresses: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
 
 
 class _Matrix(ctypes.Structure):
@@ -132,6 +134,15 @@ class PackedStack:
             self.dtype == torch.bfloat16,
         )
         self.num_layers = len(weights.layers)
+        self._pages: tuple[Sequence[tuple[Tensor, Tensor]], _Addresses, _Addresses] | None = None
+
+    def addresses(self, caches: Sequence[tuple[Tensor, Tensor]]) -> tuple[_Addresses, _Addresses]:
+        """Where each layer's keys and values begin; looked up once for a store, whose layers are a tuple."""
+        if self._pages is None or self._pages[0] is not caches or not isinstance(caches, tuple):
+            of_layers = _POINTER * self.num_layers
+            keys, values = (of_layers(*(cache[part].data_ptr() for cache in caches)) for part in (0, 1))
+            self._pages = caches, keys, values
+        return self._pages[1:]
 
     def _layer(self, layer: LayerWeights) -> _Layer:
         return _Layer(
@@ -191,13 +202,13 @@ def decoder_stack(
     logits_rows: Tensor,
 ) -> Tensor:
     """See `duopool.kernels.ops.decoder_stack`; raises ValueError before anything is written."""
-    pointers = _POINTER * stack.num_layers
+    keys, values = stack.addresses(caches)
     first_keys = caches[0][0]
     strides = first_keys.stride()
     logits = torch.empty(len(logits_rows), stack.vocab_size)
     call = _Call(
-        ctypes.addressof(keys := pointers(*(cache[0].data_ptr() for cache in caches))),
-        ctypes.addressof(values := pointers(*(cache[1].data_ptr() for cache in caches))),
+        ctypes.addressof(keys),
+        ctypes.addressof(values),
         *strides[:3],
         first_keys.shape[0],
         first_keys.shape[2],
@@ -217,7 +228,6 @@ def decoder_stack(
         num_threads(),
     )
     status = stack.cpu.calls.duopool_decoder_stack(ctypes.byref(stack.model), ctypes.byref(call))
-    del keys, values
     if status:
         raise ValueError(_PROBLEMS[status])
     return logits
