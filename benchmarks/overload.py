@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 from statistics import mean
 from typing import Any
@@ -38,7 +39,7 @@ LEAST_SHARE = 0.9
 SETTLE_S = 8.0
 PATIENCE_S = 120.0
 """Of requests that are to be finished whatever it takes."""
-SEARCHED = (1.0, 1.3)
+SEARCHED = (1.0, 1.4)
 """Offered loads, against a first guess of the capacity, among which the peak is looked for."""
 
 
@@ -98,6 +99,11 @@ class Outcome:
         ]
         if self.late_s:
             lines.append(f"the client sent late by {spread(self.late_s)}")
+        if self.good:
+            # What comes first only says where the request runs.
+            firsts = [call.data_at[1] - call.sent_at for call in self.good]
+            gaps = [later - earlier for call in self.good for earlier, later in pairwise(call.data_at[1:])]
+            lines.append(f"finished: first token after {spread(firsts)}; then one every {spread(gaps)}")
         if self.refusals_s:
             lines.append(f"refused after {spread(self.refusals_s)}")
         return "\n    ".join(lines)
@@ -227,7 +233,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="of overload")
     parser.add_argument("--times", type=float, default=10, help="offered load over peak goodput")
     parser.add_argument("--search-s", type=float, default=25, help="seconds of each load among which the peak is found")
-    parser.add_argument("--streams", type=int, default=48, help="that guess the capacity")
+    parser.add_argument("--streams", type=int, default=96, help="that guess the capacity")
     parser.add_argument("--deadline-s", type=float, default=20)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
