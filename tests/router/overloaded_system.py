@@ -95,8 +95,8 @@ class System:
         self._prefilling: list[tuple[Sequence, int]] = []
         self._decoding: list[Sequence] = []
 
-    def offer(self, wish: Wish) -> None:
-        """A request comes, and is accepted or refused."""
+    def offer(self, wish: Wish) -> bool:
+        """A request comes; True if it is accepted."""
         self.outcome.num_offered += 1
         call, time_left_s = ExitStack(), None if wish.deadline_s == inf else wish.deadline_s
         try:
@@ -109,10 +109,11 @@ class System:
                 )
             )
         except Overloaded:
-            return
+            return False
         self.outcome.num_accepted += 1
         self.num_under_way += 1
         insort(self._prompts, Sequence(wish, call, place, self.now, wish.prompt_tokens), key=_turn)
+        return True
 
     def advance(self, until: float) -> None:
         """Let time pass."""

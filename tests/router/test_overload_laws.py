@@ -78,3 +78,19 @@ def test_where_requests_of_all_sizes_come_together_hardly_one_is_late(machine: M
     open_loop(system, wish, rate=4.0, seconds=30.0, random=random)
     outcome = open_loop(system, wish, rate=40.0, seconds=90.0, random=random)
     assert outcome.num_late <= 0.005 * outcome.num_accepted
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+def test_an_earlier_priority_hardly_notices_the_load_of_a_later_one(machine: Machine) -> None:
+    """Three in a hundred requests come first: a third of what the system can do."""
+    random, system, first = Random(5), System(machine), WISHES["short"]
+    later, rate = replace(first, priority=1), 10 * peak(machine, first)
+    accepted = []
+    while system.now < 60.0:
+        system.advance(system.now + random.expovariate(rate))
+        if random.random() < 0.03:
+            accepted.append(system.offer(first))
+        else:
+            system.offer(later)
+    assert sum(accepted) >= 0.9 * len(accepted)
+    assert system.outcome.num_late == 0
