@@ -36,7 +36,7 @@ MIXED = (
 
 @cache
 def peak(machine: Machine, wish: Wish) -> float:
-    return max(closed_loop(machine, wish, num_streams=number) for number in (8, 16, 32, 64, 96))
+    return max(closed_loop(machine, wish, num_streams=number) for number in (16, 64, 96))
 
 
 @pytest.mark.parametrize("wish", WISHES.values(), ids=WISHES)
@@ -45,9 +45,9 @@ def test_at_ten_times_the_peak_nothing_is_late_and_as_much_ends_as_can(machine: 
     best, random, system = peak(machine, wish), Random(1), System(machine)
     open_loop(system, lambda: wish, rate=0.9 * best, seconds=30.0, random=random)
     begin = system.now
-    outcome = open_loop(system, lambda: wish, rate=10 * best, seconds=150.0, random=random)
+    outcome = open_loop(system, lambda: wish, rate=10 * best, seconds=110.0, random=random)
     assert outcome.num_late == 0
-    assert outcome.goodput(begin + 30.0, begin + 150.0) >= 0.95 * best
+    assert outcome.goodput(begin + 30.0, begin + 110.0) >= 0.95 * best
 
 
 @pytest.mark.parametrize("wish", WISHES.values(), ids=WISHES)
