@@ -1,20 +1,22 @@
 // Products with weights of 8 or 4 bits for one instruction set: each group of GROUP depths of a column has a scale, and the
 // activations of a group are bytes with a scale of their own, so that a group's sum is one of whole numbers.
 //
-// Included by every_isa.h behind word_products.h. Weights are unsigned with a zero point (128 or 8), activations signed:
-// sum(scale_w * (q - zero) * scale_x * x) = scale_w * (scale_x * sum(q * x) - zero * scale_x * sum(x)), summed over the
-// groups in float32. A panel holds, group by group, words of four depths for its CHUNK columns (8 depths for 4 bits: the
-// low halves are the first four), then the CHUNK bfloat16 scales.
+// Included by every_isa.h behind word_products.h. Weights are unsigned, activations signed. With 8 bits codes count from
+// 128: sum(scale_w * (q - 128) * scale_x * x) = scale_w * (scale_x * sum(q * x) - 128 * scale_x * sum(x)). With 4 bits they
+// count from the group's least value: sum((scale_w * q + least) * scale_x * x) = scale_w * scale_x * sum(q * x) + least *
+// scale_x * sum(x). Groups are summed in float32. A panel holds, group by group, words of four depths for its CHUNK columns
+// (8 depths for 4 bits: the low halves are the first four), then for each column the bfloat16 scale, for 4 bits as the
+// lower half of a word with the least value, bfloat16 too.
 
 constexpr int64_t GROUP = 32;
 
 template <int BITS>
 struct Packed {
     uint8_t byte;
-    static constexpr int32_t ZERO = BITS == 8 ? 128 : 8;
     static constexpr int64_t WORDS = GROUP * BITS / 32 * CHUNK;  // of one group
-    static constexpr int64_t GROUP_BYTES = WORDS * 4 + CHUNK * 2;
+    static constexpr int64_t GROUP_BYTES = WORDS * 4 + CHUNK * (BITS == 8 ? 2 : 4);
 };
+constexpr int32_t BYTE_ZERO = 128;
 typedef Packed<8> Byte;
 typedef Packed<4> Nibble;
 
@@ -75,9 +77,12 @@ DUOPOOL_TARGET __attribute__((noinline)) void multiply_bytes(const ByteRow* x, i
                                                              const Packed<BITS>* panel, int64_t depth, float* c,
                                                              int64_t c_stride) {
     const int64_t groups = num_groups(depth);
+    // Of few rows, upper halves stay where they are, sixteen times their value, and are summed apart: shifting the sums is
+    // less than shifting the weights.
+    constexpr bool IS_APART = BITS == 4 && R <= 2;
     Floats sums[R][2] = {};
     for (int64_t group = 0; group < groups; ++group, panel += Packed<BITS>::GROUP_BYTES) {
-        Ints whole[R][2] = {};
+        Ints parts[IS_APART ? 2 : 1][R][2] = {};
         const uint32_t* words = (const uint32_t*)panel;
 #pragma GCC unroll 8
         for (int64_t quad = 0; quad < GROUP / 4; ++quad) {
@@ -90,26 +95,45 @@ DUOPOOL_TARGET __attribute__((noinline)) void multiply_bytes(const ByteRow* x, i
                     weights[v] = *(const LooseWords*)from;
                 } else {
                     const Words both = *(const LooseWords*)from;
-                    weights[v] = (quad % 2 ? both >> 4 : both) & 0x0f0f0f0fu;
+                    weights[v] = IS_APART && quad % 2 ? both & 0xf0f0f0f0u : (quad % 2 ? both >> 4 : both) & 0x0f0f0f0fu;
                 }
             }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 uint32_t four;
                 __builtin_memcpy(&four, x + r * x_stride + group * GROUP + quad * 4, 4);
-                whole[r][0] = add_byte_products(whole[r][0], weights[0], Words{} + four);
-                whole[r][1] = add_byte_products(whole[r][1], weights[1], Words{} + four);
+                Ints* const whole = parts[IS_APART ? quad % 2 : 0][r];
+                whole[0] = add_byte_products(whole[0], weights[0], Words{} + four);
+                whole[1] = add_byte_products(whole[1], weights[1], Words{} + four);
             }
         }
-        const Bfloat16* scales = (const Bfloat16*)(words + Packed<BITS>::WORDS);
-        prefetch_stream(scales);
-        const Floats low = load_line(scales), high = load_line(scales + WIDTH);
+        Floats scales[2], leasts[2];
+        const uint32_t* const behind = words + Packed<BITS>::WORDS;
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+            if (BITS == 8) {
+                if (v == 0) prefetch_stream(behind);
+                scales[v] = load_line((const Bfloat16*)behind + v * WIDTH);
+            } else {
+                prefetch_stream(behind + v * WIDTH);
+                const Words both = *(const LooseWords*)(behind + v * WIDTH);
+                scales[v] = (Floats)(both << 16);
+                leasts[v] = (Floats)(both & 0xffff0000u);
+            }
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const float* of_row = (const float*)(x + r * x_stride + groups * GROUP) + 2 * group;
-            const Floats scale = fill(of_row[0]), offset = fill(of_row[1] * -(float)Packed<BITS>::ZERO);
-            sums[r][0] += low * (__builtin_convertvector(whole[r][0], Floats) * scale + offset);
-            sums[r][1] += high * (__builtin_convertvector(whole[r][1], Floats) * scale + offset);
+            const Floats scale = fill(of_row[0]), offset = fill(BITS == 8 ? of_row[1] * -BYTE_ZERO : of_row[1]);
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) {
+                const Ints whole = IS_APART ? parts[0][r][v] + (parts[IS_APART][r][v] >> 4) : parts[0][r][v];
+                const Floats products = __builtin_convertvector(whole, Floats) * scale;
+                if (BITS == 8)
+                    sums[r][v] += scales[v] * (products + offset);
+                else
+                    sums[r][v] += scales[v] * products + leasts[v] * offset;
+            }
         }
     }
 #pragma GCC unroll 8
@@ -134,33 +158,78 @@ struct ByteProducts {
     };
 };
 
+static inline float as_bfloat16(float value, Bfloat16* to) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+    to->bits = (uint16_t)(bits >> 16);
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+// A group of one column: a value is scale * (code - 128) or, of 4 bits, scale * code + least.
+template <int BITS>
+struct Codes {
+    Bfloat16 scale, least;  // the latter of 4 bits only
+    uint8_t code[GROUP];
+};
+
+// One scale, about the middle.
+static inline void round_group(const float* values, int64_t count, Codes<8>* codes) {
+    float peak = 0;
+    for (int64_t i = 0; i < count; ++i) peak = __builtin_fmaxf(peak, __builtin_fabsf(values[i]));
+    const float scale = as_bfloat16(peak / 127, &codes->scale);
+    for (int64_t i = 0; i < GROUP; ++i) {
+        const int32_t q = i < count && scale != 0 ? rounded(values[i] / scale) : 0;
+        codes->code[i] = (uint8_t)((q < -128 ? -128 : q > 127 ? 127 : q) + BYTE_ZERO);
+    }
+}
+
+// Least squares over the numbers of steps that the group's values may span: weights that come from 4 bits find the steps
+// that they were made of, whether their group uses all of its codes or not.
+static inline void round_group(const float* values, int64_t count, Codes<4>* codes) {
+    constexpr int32_t MOST = 15, FEWEST = 8;
+    float lowest = count ? values[0] : 0, highest = lowest;
+    for (int64_t i = 0; i < count; ++i) {
+        lowest = __builtin_fminf(lowest, values[i]);
+        highest = __builtin_fmaxf(highest, values[i]);
+    }
+    double smallest_error = __builtin_inf();
+    for (int32_t steps = MOST; steps >= FEWEST && smallest_error > 0; --steps) {
+        Codes<4> tried = {};
+        const float least = as_bfloat16(lowest, &tried.least);
+        const float scale = as_bfloat16((highest - lowest) / steps, &tried.scale);
+        double error = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t q = scale != 0 ? rounded((values[i] - least) / scale) : 0;
+            tried.code[i] = (uint8_t)(q < 0 ? 0 : q > MOST ? MOST : q);
+            const double missed = (double)scale * tried.code[i] + least - values[i];
+            error += missed * missed;
+        }
+        if (error < smallest_error) {
+            smallest_error = error;
+            *codes = tried;
+        }
+    }
+}
+
 // weight[columns][depth] to a panel: round to nearest, the scale being rounded first.
 template <int BITS>
 DUOPOOL_TARGET void pack_bits(const float* weight, int64_t row_stride, int64_t columns, int64_t depth, uint8_t* panel) {
-    constexpr int32_t MOST = (1 << (BITS - 1)) - 1;
     for (int64_t group = 0; group < num_groups(depth); ++group, panel += Packed<BITS>::GROUP_BYTES) {
         uint32_t* const words = (uint32_t*)panel;
-        Bfloat16* const scales = (Bfloat16*)(words + Packed<BITS>::WORDS);
+        uint32_t* const behind = words + Packed<BITS>::WORDS;
         __builtin_memset(words, 0, Packed<BITS>::WORDS * 4);
         const int64_t first = group * GROUP, count = depth - first < GROUP ? depth - first : GROUP;
         for (int64_t column = 0; column < CHUNK; ++column) {
-            const float* from = weight + column * row_stride + first;
-            // The value of largest size gets the longer, negative end of the range, so that no code is wasted.
-            float peak = 0;
-            for (int64_t i = 0; column < columns && i < count; ++i)
-                if (__builtin_fabsf(from[i]) > __builtin_fabsf(peak)) peak = from[i];
-            const float exact = BITS == 8 ? __builtin_fabsf(peak) / MOST : -peak / (MOST + 1);
-            uint32_t bits;
-            __builtin_memcpy(&bits, &exact, 4);
-            bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
-            float scale;
-            __builtin_memcpy(&scale, &bits, 4);
-            scales[column].bits = (uint16_t)(bits >> 16);
+            Codes<BITS> codes = {};
+            round_group(weight + column * row_stride + first, column < columns ? count : 0, &codes);
+            if (BITS == 8)
+                ((Bfloat16*)behind)[column] = codes.scale;
+            else
+                behind[column] = codes.scale.bits | (uint32_t)codes.least.bits << 16;
             for (int64_t i = 0; i < GROUP; ++i) {
-                const bool is_there = column < columns && i < count && scale != 0;
-                int32_t q = is_there ? rounded(from[i] / scale) : 0;
-                q = q < -MOST - 1 ? -MOST - 1 : q > MOST ? MOST : q;
-                const uint32_t code = (uint32_t)(q + Packed<BITS>::ZERO);
+                const uint32_t code = codes.code[i];
                 const int64_t quad = i / 4;
                 if (BITS == 8)
                     words[quad * CHUNK + column] |= code << (i % 4 * 8);

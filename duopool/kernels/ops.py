@@ -233,8 +233,8 @@ def linear(x_TK: Tensor, weight: PackedWeight | Tensor, bias: Tensor | None = No
 def pack_stack(weights: StackWeights, bits: int | None = None) -> PackedStack | None:
     """Prepare a whole decoder for `decoder_stack`; None where layer by layer is faster, or all there is.
 
-    With `bits` (8 or 4) weights of products are rounded to nearest, in groups of 32 inputs with a bfloat16 scale each;
-    the head keeps 8 bits. Activations meet them as bytes, scaled by row and group.
+    With `bits` (8 or 4) weights of products are rounded to nearest, in groups of 32 inputs with a bfloat16 scale each,
+    and for 4 bits a least value; the head keeps 8 bits. Activations meet them as bytes, scaled by row and group.
     """
     if bits not in (None, 8, 4):
         raise ValueError(f"weights of {bits} bits; 8 and 4 are known")

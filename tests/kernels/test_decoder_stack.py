@@ -297,3 +297,17 @@ def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
         arguments = [*batch[:argument], wrong, *batch[argument + 1 :]]
         with pytest.raises(ValueError, match=r"token ids|block tables|kv_lengths"):
             ops.decoder_stack(stack, caches, *arguments)
+
+
+@pytest.mark.parametrize("codes_used", [16, 12, 9])
+def test_weights_that_come_from_4_bits_stay_as_they_are(codes_used: int) -> None:
+    """Whatever scale and least value their groups had, and also where a group does not use all its codes."""
+    generator = torch.Generator().manual_seed(13)
+    codes = torch.randint(codes_used, (6, 3, 32), generator=generator)
+    codes[:, :, 0], codes[:, :, 1] = 0, codes_used - 1
+    steps = torch.rand(6, 3, 1, generator=generator) + 0.1
+    offsets = (1 - codes_used) * torch.rand(6, 3, 1, generator=generator)
+    weight = (steps * (codes + offsets)).view(6, 96)
+    missed = (rounded_to(weight, 4) - weight).abs().view(6, 3, 32) / steps
+    # Scales and least values are kept to a part in 256.
+    assert float(missed.max()) < 2 * 15 / 256

@@ -9,8 +9,7 @@
 
 // Bytes of a panel of 8 or 4 bits.
 DUOPOOL_EXPORT int64_t duopool_quantised_panel_bytes(int32_t isa, int32_t bits, int64_t depth) {
-    const int64_t groups = DUOPOOL_CALL(isa, num_groups(depth));
-    return groups * (bits == 8 ? DUOPOOL_CONSTANT(isa, Byte::GROUP_BYTES) : DUOPOOL_CONSTANT(isa, Nibble::GROUP_BYTES));
+    return DUOPOOL_CALL(isa, quantised_panel_bytes(bits, depth));
 }
 
 namespace {

@@ -13,7 +13,10 @@ static inline int64_t panel_elements(float, int64_t depth) { return depth * CHUN
 static inline int64_t panel_elements(uint32_t, int64_t depth) { return (depth + 1) / 2 * CHUNK; }
 template <int BITS>
 static inline int64_t panel_elements(Packed<BITS>, int64_t depth) {
-    return (depth + GROUP - 1) / GROUP * Packed<BITS>::GROUP_BYTES;
+    return num_groups(depth) * Packed<BITS>::GROUP_BYTES;
+}
+static inline int64_t quantised_panel_bytes(int32_t bits, int64_t depth) {
+    return bits == 8 ? panel_elements(Byte{}, depth) : panel_elements(Nibble{}, depth);
 }
 
 DUOPOOL_TARGET static inline void pack_panel(const float* weight, int64_t row_stride, int64_t columns, int64_t depth,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,13 +19,27 @@ def linear(x_TK: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def rounded_to(weight: Tensor, bits: int, group: int = 32) -> Tensor:
     """`weight` as 8 or 4 bits per value keep it: rounded to nearest in groups of inputs, float32 [out, in].
 
-    A group's scale is rounded to bfloat16 first. With 4 bits the value of largest size gets code -8, the longer end.
+    A group's scale is rounded to bfloat16 first. With 4 bits codes count from the group's least value, bfloat16 too,
+    and its values span 15 to 8 steps, whichever misses least.
     """
-    out_features, in_features = weight.shape
-    padded = torch.nn.functional.pad(weight.float(), (0, -in_features % group)).view(out_features, -1, group)
-    most = 2 ** (bits - 1) - 1
-    peak = padded.gather(2, padded.abs().argmax(dim=2, keepdim=True))
-    scale = (peak.abs() / most if bits == 8 else -peak / (most + 1)).bfloat16().float()
-    codes = (padded / torch.where(scale == 0, 1.0, scale)).round().clamp(-most - 1, most)
-    rounded: Tensor = (codes * scale).view(out_features, -1)[:, :in_features]
-    return rounded
+    round_group = _bytes if bits == 8 else _nibbles
+    return torch.cat([round_group(part) for part in torch.split(weight.float(), group, dim=1)], dim=1)
+
+
+def _bytes(group: Tensor) -> Tensor:
+    scale = (group.abs().amax(1, keepdim=True) / 127).bfloat16().float()
+    return (group / torch.where(scale == 0, 1.0, scale)).round().clamp(-128, 127) * scale
+
+
+def _nibbles(group: Tensor) -> Tensor:
+    lowest, highest = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
+    least = lowest.bfloat16().float()
+    best, smallest_error = group, torch.full_like(least, math.inf, dtype=torch.float64)
+    for steps in range(15, 7, -1):
+        scale = ((highest - lowest) / steps).bfloat16().float()
+        codes = ((group - least) / torch.where(scale == 0, 1.0, scale)).round().clamp(0, 15)
+        found = codes * scale + least
+        error = (codes.double() * scale + least - group).square().sum(1, keepdim=True)
+        best = torch.where(error < smallest_error, found, best)
+        smallest_error = torch.minimum(error, smallest_error)
+    return best
