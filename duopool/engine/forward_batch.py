@@ -1,7 +1,7 @@
 """Turns a step plan into the flat tensors that the model and the kernels take.
 
-Owns the layout of a step: chunks lie one behind the other in plan order. All host arithmetic is numpy on whole arrays,
-and every tensor is made once per step.
+Owns the layout of a step: chunks lie one behind the other in plan order, and every tensor is made once. Plain lists:
+the kernels have just emptied the processor's caches, and each of numpy's ways to compute would be fetched anew.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from duopool.core.step import Chunk, StepPlan
@@ -23,10 +23,10 @@ from duopool.engine.kv_store import KVStore
 class ForwardBatch:
     """One step as tensors. T tokens, R rows of logits."""
 
-    input_ids: Tensor
-    """int64 [1, T]"""
-    position_ids: Tensor
-    """int64 [1, T]"""
+    token_ids_T: Tensor
+    """int64"""
+    positions_T: Tensor
+    """int64"""
     context: PagedContext
     logits_rows: Tensor
     """int64 [R]: the tokens whose logits are wanted, ascending."""
@@ -38,50 +38,53 @@ class ForwardBatch:
 
 def build_forward_batch(plan: StepPlan, store: KVStore) -> ForwardBatch:
     """Lay the plan's chunks out; raises ValueError for a chunk whose block table is too short or that is empty."""
-    chunks = plan.chunks
-    lengths = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
-    first_positions = np.array([chunk.start for chunk in chunks], dtype=np.int64)
-    kv_lengths = first_positions + lengths
-    starts = np.zeros(len(chunks) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    tables = _block_tables(chunks, kv_lengths, store.layout.block_size)
-
-    owner = np.repeat(np.arange(len(chunks)), lengths)
-    positions = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1] - first_positions, lengths)
-    size = store.layout.block_size
-    slots = tables[owner, positions // size] * size + positions % size
-    token_ids = np.fromiter((token for chunk in chunks for token in chunk.token_ids), np.int64, count=int(starts[-1]))
-    rows, sampled, scored = _logits_rows(chunks, starts.tolist())
+    size, chunks = store.layout.block_size, plan.chunks
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts, kv_lengths = [0], []
+    for chunk in chunks:
+        end, block_ids = chunk.start + len(chunk.token_ids), chunk.block_ids
+        if not chunk.token_ids or end > len(block_ids) * size:
+            raise ValueError(
+                f"request {chunk.request_id}: {len(chunk.token_ids)} tokens at {chunk.start} need {-(-end // size)} "
+                f"blocks, the table has {len(block_ids)}"
+            )
+        token_ids += chunk.token_ids
+        for position in range(chunk.start, end):
+            positions.append(position)
+            slots.append(block_ids[position // size] * size + position % size)
+        starts.append(len(token_ids))
+        kv_lengths.append(end)
+    rows, sampled, scored = _logits_rows(chunks, starts)
 
     device = store.pages.device
     return ForwardBatch(
-        input_ids=torch.from_numpy(token_ids).to(device).unsqueeze(0),
-        position_ids=torch.from_numpy(positions).to(device).unsqueeze(0),
+        token_ids_T=_tensor(token_ids, np.int64, device),
+        positions_T=_tensor(positions, np.int64, device),
         context=PagedContext(
             store=store,
-            slots_T=torch.from_numpy(slots).to(device),
-            block_tables_BM=torch.from_numpy(tables.astype(np.int32)).to(device),
-            query_starts=torch.from_numpy(starts.astype(np.int32)).to(device),
-            kv_lengths=torch.from_numpy(kv_lengths.astype(np.int32)).to(device),
+            slots_T=_tensor(slots, np.int64, device),
+            block_tables_BM=_tensor(_block_tables(chunks, kv_lengths, size), np.int32, device),
+            query_starts=_tensor(starts, np.int32, device),
+            kv_lengths=_tensor(kv_lengths, np.int32, device),
         ),
-        logits_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        logits_rows=_tensor(rows, np.int64, device),
         sampled=sampled,
         scored=scored,
     )
 
 
-def _block_tables(chunks: Sequence[Chunk], kv_lengths: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
+def _tensor(numbers: Sequence[int] | Sequence[Sequence[int]], dtype: DTypeLike, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(np.array(numbers, dtype=dtype))
+    return tensor if device.type == "cpu" else tensor.to(device)
+
+
+def _block_tables(chunks: Sequence[Chunk], kv_lengths: Sequence[int], block_size: int) -> list[list[int]]:
     """[B, M], zero behind each request's last used block."""
-    needed = (-(-kv_lengths // block_size)).tolist()
-    tables = np.zeros((len(chunks), max(needed)), dtype=np.int64)
-    for row, (chunk, count) in enumerate(zip(chunks, needed, strict=True)):
-        if not chunk.token_ids or count > len(chunk.block_ids):
-            raise ValueError(
-                f"request {chunk.request_id}: {len(chunk.token_ids)} tokens at {chunk.start} need {count} blocks, "
-                f"the table has {len(chunk.block_ids)}"
-            )
-        tables[row, :count] = chunk.block_ids[:count]
-    return tables
+    counts = [-(-length // block_size) for length in kv_lengths]
+    most = max(counts)
+    return [[*chunk.block_ids[:count], *[0] * (most - count)] for chunk, count in zip(chunks, counts, strict=True)]
 
 
 def _logits_rows(

@@ -6,13 +6,12 @@ taken on trust: `probe.py` compares the result with the original, and a model th
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from duopool.engine.forward_context import PagedContext, current_context
+from duopool.engine.forward_batch import ForwardBatch
 from duopool.engine.model_loader import LoadedModel
 from duopool.engine.quantized_weights import has_plain_layers
 from duopool.kernels import ops
@@ -27,32 +26,26 @@ STATIC_ROPE = frozenset(("default", "linear", "llama3", "yarn"))
 
 
 class FusedModel(nn.Module):
-    """Stands in for a causal language model of transformers, over pages only."""
+    """Stands in for a causal language model of transformers, over pages only; see forward.py."""
 
     def __init__(self, stack: ops.PackedStack) -> None:
         super().__init__()
         self._stack = stack
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor | None = None, **_: Any
-    ) -> SimpleNamespace:
-        """input_ids, position_ids [1, T], logits_to_keep [R] -> `logits` float32 [1, R, V] (None: of every token)."""
-        context = current_context()
-        if not isinstance(context, PagedContext):
-            raise RuntimeError("a fused model runs over pages only")
-        rows = torch.arange(input_ids.shape[1]) if logits_to_keep is None else logits_to_keep
-        logits = ops.decoder_stack(
+    def forward(self, batch: ForwardBatch, logits_rows: Tensor) -> Tensor:
+        """Logits float32 [R, V] of tokens `logits_rows`."""
+        context = batch.context
+        return ops.decoder_stack(
             self._stack,
             context.store.layers,
-            input_ids[0],
-            position_ids[0],
+            batch.token_ids_T,
+            batch.positions_T,
             context.slots_T,
             context.block_tables_BM,
             context.query_starts,
             context.kv_lengths,
-            rows,
+            logits_rows,
         )
-        return SimpleNamespace(logits=logits.unsqueeze(0))
 
 
 @torch.inference_mode()

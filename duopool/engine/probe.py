@@ -17,6 +17,7 @@ from duopool.core.errors import UnsupportedModel
 from duopool.core.step import Chunk, StepPlan
 from duopool.core.types import BlockId, RequestId
 from duopool.engine.attention import ATTENTION_NAME
+from duopool.engine.forward import forward
 from duopool.engine.forward_batch import build_forward_batch
 from duopool.engine.forward_context import RecordingContext, SeenAttention, forward_context
 from duopool.engine.kv_layout import KVLayout
@@ -127,8 +128,9 @@ def _paged_logits(model: LoadedModel, layout: KVLayout, prompts: list[list[int]]
                 chunks.append(Chunk(request_id=request, token_ids=part, start=start, block_ids=tables[row]))
                 rows.append(row)
         batch = build_forward_batch(StepPlan(chunks=tuple(chunks)), store)
-        with torch.inference_mode(), forward_context(batch.context):
-            logits = _logits(model.module, batch.input_ids, batch.position_ids)
+        with torch.inference_mode():
+            every = torch.arange(len(batch.token_ids_T), device=model.device)
+            logits = forward(model.module, batch, every).float()
         parts = torch.split(logits, [len(chunk.token_ids) for chunk in chunks])
         for row, part_logits in zip(rows, parts, strict=True):
             found[row].append(part_logits)

@@ -18,8 +18,8 @@ from duopool.core.step import Chunk, SampleSpec, StepPlan, StepResult
 from duopool.core.types import BlockId, RequestId, TokenLogprob
 from duopool.engine.checked_model import CheckedModel
 from duopool.engine.device import describe, device_memory
+from duopool.engine.forward import forward
 from duopool.engine.forward_batch import ForwardBatch, build_forward_batch
-from duopool.engine.forward_context import forward_context
 from duopool.engine.grammar import GrammarMasks
 from duopool.engine.kv_sizing import Room, device_room, host_room, size_pool
 from duopool.engine.kv_store import KVStore
@@ -153,16 +153,7 @@ class ModelRunner:
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [R, V] of the wanted rows."""
-        with forward_context(batch.context):
-            output = self._model.module(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=batch.logits_rows,
-            )
-        logits: Tensor = output.logits[0]
-        # A family that does not know `logits_to_keep` gives every row.
-        return logits if len(logits) == len(batch.logits_rows) else logits[batch.logits_rows]
+        return forward(self._model.module, batch, batch.logits_rows)
 
 
 def _score(logits_RV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:
