@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,3 +104,9 @@ def test_bare_import_never_finds_this_repository(name: str, tmp_path: Path) -> N
         "assert not any(p and pathlib.Path(p).resolve().is_relative_to(root / 'duopool') for p in places), places\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=60)
+
+
+def test_each_test_module_has_a_name_of_its_own() -> None:
+    """Folders of tests are no packages: pytest refuses to collect a second module of the same name."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
