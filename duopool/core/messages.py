@@ -318,7 +318,7 @@ class KvSnapshot(Message, frozen=True, kw_only=True):
 
 
 class WorkerLoad(Message, frozen=True, kw_only=True):
-    """How busy a worker is; sent with every step and every heartbeat."""
+    """How busy a worker is; sent with every step, and every few ticks without one."""
 
     num_waiting: Count = 0
     num_running: Count = 0

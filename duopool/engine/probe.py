@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from duopool.core.config import QuantizationName
 from duopool.core.errors import UnsupportedModel
@@ -104,8 +104,13 @@ def _eager_logits(model: LoadedModel, prompt: list[int]) -> Tensor:
     module.set_attn_implementation("eager")
     try:
         with torch.inference_mode():
-            ids = torch.tensor([prompt], device=model.device)
-            return _logits(module, ids, torch.arange(len(prompt), device=model.device).unsqueeze(0))
+            output = module(
+                input_ids=torch.tensor([prompt], device=model.device),
+                position_ids=torch.arange(len(prompt), device=model.device).unsqueeze(0),
+                use_cache=False,
+            )
+        logits: Tensor = output.logits[0].float()
+        return logits
     finally:
         module.set_attn_implementation(ATTENTION_NAME)
 
@@ -135,12 +140,6 @@ def _paged_logits(model: LoadedModel, layout: KVLayout, prompts: list[list[int]]
         for row, part_logits in zip(rows, parts, strict=True):
             found[row].append(part_logits)
     return [torch.cat(parts) for parts in found]
-
-
-def _logits(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    output = module(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    logits: Tensor = output.logits[0].float()
-    return logits
 
 
 def _prompts(model: LoadedModel) -> list[list[int]]:

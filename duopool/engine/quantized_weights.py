@@ -10,10 +10,11 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from duopool.core.errors import UnsupportedModel
+from duopool.engine.agreement import agree
 
 PACKAGES = {
     "aqlm": "aqlm",
@@ -104,7 +105,7 @@ def _plain_form(name: str, module: Any, dtype: torch.dtype) -> nn.Module | None:
     if not _is_linear(module) or is_plain(module):
         return None
     plain = _plain_linear(module, dtype)
-    if not _agree(module, plain, dtype):
+    if not agree(module, plain, plain.in_features, tolerance=TOLERANCE, dtype=dtype):
         log.warning("%s stays quantized: it is no product with a weight", name)
         return None
     return plain
@@ -131,12 +132,3 @@ def _plain_linear(module: Any, dtype: torch.dtype) -> nn.Linear:
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
     return plain
-
-
-def _agree(original: Any, plain: nn.Linear, dtype: torch.dtype) -> bool:
-    # A fixed wave, different in each of its rows: a check must not touch anyone's random numbers.
-    wave = torch.sin(torch.arange(3 * plain.in_features, dtype=torch.float32) * 1.7 + 0.3)
-    x = wave.view(3, -1).to(dtype)
-    expected: Tensor = original(x).float()
-    found = plain(x).float()
-    return bool((expected - found).abs().amax() <= TOLERANCE * expected.abs().amax().clamp(min=1e-6))

@@ -194,10 +194,10 @@ static inline void round_group(const float* values, int64_t count, Codes<4>* cod
         lowest = __builtin_fminf(lowest, values[i]);
         highest = __builtin_fmaxf(highest, values[i]);
     }
+    Codes<4> tried = {};
+    const float least = as_bfloat16(lowest, &tried.least);
     double smallest_error = __builtin_inf();
     for (int32_t steps = MOST; steps >= FEWEST && smallest_error > 0; --steps) {
-        Codes<4> tried = {};
-        const float least = as_bfloat16(lowest, &tried.least);
         const float scale = as_bfloat16((highest - lowest) / steps, &tried.scale);
         double error = 0;
         for (int64_t i = 0; i < count; ++i) {
