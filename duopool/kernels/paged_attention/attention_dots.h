@@ -130,6 +130,9 @@ DUOPOOL_INLINE void stage_pairs(const AttentionCall& call, const Bfloat16* const
 // Many rows: as attend_staged.
 DUOPOOL_INLINE void attend_staged_dots(const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
     const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim), rows = piece.num_rows;
+    const int64_t group = group_of(call);
+    const int64_t num_queries = call.query_starts[piece.request + 1] - call.query_starts[piece.request];
+    const int64_t first_position = call.kv_lengths[piece.request] - num_queries;
     const Bfloat16 *keys[KEY_TILE], *values[KEY_TILE], *query = (const Bfloat16*)work.query;
     uint32_t *turned_keys = (uint32_t*)work.turned_keys, *paired_values = (uint32_t*)work.values;
     for (int64_t tile = piece.first_key; tile < piece.last_key; tile += KEY_TILE) {
@@ -139,15 +142,21 @@ DUOPOOL_INLINE void attend_staged_dots(const AttentionCall& call, const Piece& p
         for (int64_t r = 0; r < rows; r += MAX_ROWS) {
             const int64_t some = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
             const auto multiply = WordProducts<Bfloat16>::of[some];
-            const Seen seen = seen_by(call, piece, r, some, tile, count);
-            if (seen.first >= seen.last) continue;
-            for (int64_t key = 0; key < seen.last; key += CHUNK)
+            int64_t firsts[MAX_ROWS], lasts[MAX_ROWS], first_seen = count, last_seen = 0;
+            for (int64_t i = 0; i < some; ++i) {
+                const int64_t position = first_position + (piece.first_row + r + i) / group;
+                visible(call, position, tile, count, firsts + i, lasts + i);
+                if (firsts[i] < first_seen) first_seen = firsts[i];
+                if (lasts[i] > last_seen) last_seen = lasts[i];
+            }
+            if (first_seen >= last_seen) continue;
+            for (int64_t key = 0; key < last_seen; key += CHUNK)
                 multiply(query + r * key_dim, key_dim, turned_keys + key / 2 * key_dim, 0, key_dim, work.scores + key,
                          KEY_TILE, false);
-            weigh_rows<Bfloat16>(call, call.scale, work.scores, seen.firsts, seen.lasts, seen.last, some,
+            weigh_rows<Bfloat16>(call, call.scale, work.scores, firsts, lasts, last_seen, some,
                                  {sums.largest + r, sums.total + r, sums.mixed + r * value_dim}, value_dim);
             for (int64_t chunk = 0; chunk < value_dim; chunk += CHUNK)
-                multiply((const Bfloat16*)work.scores, 2 * KEY_TILE, paired_values + chunk * (KEY_TILE / 2), 0, seen.last,
+                multiply((const Bfloat16*)work.scores, 2 * KEY_TILE, paired_values + chunk * (KEY_TILE / 2), 0, last_seen,
                          sums.mixed + r * value_dim + chunk, value_dim, true);
         }
     }

@@ -28,32 +28,13 @@ DUOPOOL_INLINE void stage_tile(const AttentionCall& call, const T* const* keys, 
     }
 }
 
-// What some rows see of a tile of keys: each its positions [firsts, lasts), all together [first, last), within the tile.
-struct Seen {
-    int64_t firsts[MAX_ROWS], lasts[MAX_ROWS], first, last;
-};
-
-// Rows [row, row + some) of the piece, and the `count` keys from position `tile` on.
-DUOPOOL_INLINE Seen seen_by(const AttentionCall& call, const Piece& piece, int64_t row, int64_t some, int64_t tile,
-                            int64_t count) {
-    const int64_t num_queries = call.query_starts[piece.request + 1] - call.query_starts[piece.request];
-    const int64_t first_position = call.kv_lengths[piece.request] - num_queries;
-    Seen seen;
-    seen.first = count;
-    seen.last = 0;
-    for (int64_t i = 0; i < some; ++i) {
-        const int64_t position = first_position + (piece.first_row + row + i) / group_of(call);
-        visible(call, position, tile, count, seen.firsts + i, seen.lasts + i);
-        if (seen.firsts[i] < seen.first) seen.first = seen.firsts[i];
-        if (seen.lasts[i] > seen.last) seen.last = seen.lasts[i];
-    }
-    return seen;
-}
-
 // Many rows: a tile of keys is turned around once, then all rows pass over it.
 template <class T>
 DUOPOOL_INLINE void attend_staged(const AttentionCall& call, const Piece& piece, Workspace& work, Sums& sums) {
     const int64_t key_dim = padded(call.key_dim), value_dim = padded(call.value_dim), rows = piece.num_rows;
+    const int64_t group = group_of(call);
+    const int64_t num_queries = call.query_starts[piece.request + 1] - call.query_starts[piece.request];
+    const int64_t first_position = call.kv_lengths[piece.request] - num_queries;
     const T *keys[KEY_TILE], *values[KEY_TILE];
     for (int64_t tile = piece.first_key; tile < piece.last_key; tile += KEY_TILE) {
         const int64_t count = piece.last_key - tile < KEY_TILE ? piece.last_key - tile : KEY_TILE;
@@ -62,15 +43,21 @@ DUOPOOL_INLINE void attend_staged(const AttentionCall& call, const Piece& piece,
         for (int64_t r = 0; r < rows; r += MAX_ROWS) {
             const int64_t some = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
             const auto multiply = RowProducts<float>::of[some];
-            const Seen seen = seen_by(call, piece, r, some, tile, count);
-            if (seen.first >= seen.last) continue;
-            for (int64_t key = 0; key < seen.last; key += CHUNK)
+            int64_t firsts[MAX_ROWS], lasts[MAX_ROWS], first_seen = count, last_seen = 0;
+            for (int64_t i = 0; i < some; ++i) {
+                const int64_t position = first_position + (piece.first_row + r + i) / group;
+                visible(call, position, tile, count, firsts + i, lasts + i);
+                if (firsts[i] < first_seen) first_seen = firsts[i];
+                if (lasts[i] > last_seen) last_seen = lasts[i];
+            }
+            if (first_seen >= last_seen) continue;
+            for (int64_t key = 0; key < last_seen; key += CHUNK)
                 multiply(work.query + r * key_dim, key_dim, work.turned_keys + key, KEY_TILE, key_dim, work.scores + key,
                          KEY_TILE, false);
-            weigh_rows<float>(call, 1, work.scores, seen.firsts, seen.lasts, seen.last, some,
+            weigh_rows<float>(call, 1, work.scores, firsts, lasts, last_seen, some,
                               {sums.largest + r, sums.total + r, sums.mixed + r * value_dim}, value_dim);
             for (int64_t chunk = 0; chunk < value_dim; chunk += CHUNK)
-                multiply(work.scores, KEY_TILE, work.values + chunk, value_dim, seen.last,
+                multiply(work.scores, KEY_TILE, work.values + chunk, value_dim, last_seen,
                          sums.mixed + r * value_dim + chunk, value_dim, true);
         }
     }
