@@ -34,7 +34,7 @@ from duopool.kernels.cpu_library import library
 from duopool.proto import codec
 
 SESSION = SessionId(1)
-STEP_CALLS = ("duopool_decoder_stack", "duopool_best_tokens", "duopool_top_candidates", "duopool_contenders")
+STEP_CALLS = ("duopool_decoder_stack", "duopool_sample_tokens")
 
 
 class NativeTime:

@@ -22,6 +22,7 @@ from duopool.core.step import Chunk, SampleSpec, StepPlan
 from duopool.core.types import BlockId, RequestId
 from duopool.engine.forward_batch import ForwardBatch
 from duopool.engine.runner import ModelRunner
+from duopool.kernels.sample_tokens.draw import Draw, Drawn
 from duopool.proto import inference_pb2 as pb
 
 NUM_STREAMS, PROMPT_TOKENS, NEW_TOKENS, BLOCK_SIZE = 16, 256, 160, 16
@@ -58,9 +59,9 @@ class Stream:
 class WatchedRunner(ModelRunner):
     """Keeps the logits of its last step."""
 
-    def _forward(self, batch: ForwardBatch) -> Tensor:
-        self.logits = super()._forward(batch)
-        return self.logits
+    def _forward(self, batch: ForwardBatch, draws: Sequence[Draw]) -> tuple[Tensor, Drawn]:
+        self.logits, drawn = super()._forward(batch, draws)
+        return self.logits, drawn
 
 
 def generate(runner: WatchedRunner, seed: int, *, cuts: tuple[int, ...] = (), batch: int = NUM_STREAMS) -> list[Stream]:

@@ -8,16 +8,16 @@ written, and maybe a new token to be sampled behind it. Schedulers make a `StepP
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from duopool.core.messages import GenerationRequest
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.types import BlockCopy, BlockId, RequestId, TokenLogprob
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleSpec:
+class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the next token of one request is a function of, besides the logits."""
 
     params: SamplingParams
@@ -42,8 +42,7 @@ def sample_specs(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """A run of one request's tokens whose KV this step writes."""
 
     request_id: RequestId
@@ -60,8 +59,7 @@ class Chunk:
     """The prompt token right after this chunk, predicted by its last logits (for prompt log-probabilities)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What one step computes. Chunks are independent of each other."""
 
     chunks: tuple[Chunk, ...] = ()
@@ -82,8 +80,7 @@ NOT_NUMBERS = "the model's logits are not numbers"
 """Why there is no token: what a request is told that cannot go on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledToken:
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True):
     """The new token of one request; `logprob` is set when its parameters ask for it."""
 
     token_id: int
@@ -91,12 +88,11 @@ class SampledToken:
     logprob: TokenLogprob | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """What a step gave: tokens for each chunk with `samples`, prompt log-probabilities where asked."""
 
-    tokens: Mapping[RequestId, tuple[SampledToken, ...]] = field(default_factory=dict)
-    prompt_logprobs: Mapping[RequestId, tuple[TokenLogprob, ...]] = field(default_factory=dict)
+    tokens: Mapping[RequestId, tuple[SampledToken, ...]] = msgspec.field(default_factory=dict)
+    prompt_logprobs: Mapping[RequestId, tuple[TokenLogprob, ...]] = msgspec.field(default_factory=dict)
 
 
 class Runner(Protocol):

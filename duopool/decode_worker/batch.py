@@ -59,7 +59,8 @@ class Batch:
         Carriers whose prompt is computed are left in `parting`.
         """
         requests, self.requests = self.requests, []
-        self._manager.unpin([copy.source for copy in plan.copies])
+        if plan.copies:
+            self._manager.unpin([copy.source for copy in plan.copies])
         self.num_steps += 1
         self.num_computed_tokens += plan.num_tokens
         self.step_s = step_s
@@ -74,7 +75,8 @@ class Batch:
 
     def _take(self, request: DecodeRequest, chunk: Chunk, result: StepResult) -> bool:
         """True if the request got its last token, or can get none."""
-        if any(sampled.token_id == NO_TOKEN for sampled in result.tokens.get(request.table, ())):
+        sampled = result.tokens.get(request.table, ())
+        if any(one.token_id == NO_TOKEN for one in sampled):
             if request.phase is DecodePhase.ENDED:
                 return False
             reason = NackReason.INTERNAL
@@ -85,7 +87,7 @@ class Batch:
         if request.phase is DecodePhase.ENDED:
             return False
         request.prompt_logprobs += result.prompt_logprobs.get(request.table, ())
-        return bool(chunk.samples) and self._emit(request, result.tokens[request.table])
+        return bool(sampled) and self._emit(request, sampled)
 
     def _emit(self, request: DecodeRequest, sampled: Sequence[SampledToken]) -> bool:
         made = next_tokens(

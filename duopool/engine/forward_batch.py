@@ -1,44 +1,41 @@
-"""Turns a step plan into the flat tensors that the model and the kernels take.
+"""Turns a step plan into the flat arrays that the model and the kernels take.
 
-Owns the layout of a step: chunks lie one behind the other in plan order, and every tensor is made once. Plain lists:
-the kernels have just emptied the processor's caches, and each of numpy's ways to compute would be fetched anew.
+Owns the layout of a step: chunks lie one behind the other in plan order. Plain lists and arrays: the processor's caches
+are cold after a step's kernels, and each of numpy's or torch's ways to compute would be fetched anew.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from numpy.typing import DTypeLike
-from torch import Tensor
-
-from duopool.core.step import Chunk, StepPlan
-from duopool.engine.forward_context import PagedContext
-from duopool.engine.kv_store import KVStore
+from duopool.core.step import Chunk, SampleSpec, StepPlan
+from duopool.kernels.ragged_batch import RaggedBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
-    """One step as tensors. T tokens, R rows of logits."""
+    """One step as arrays, and whose its logits are. R rows of logits."""
 
-    token_ids_T: Tensor
-    """int64"""
-    positions_T: Tensor
-    """int64"""
-    context: PagedContext
-    logits_rows: Tensor
+    inputs: RaggedBatch
+    logits_rows: array[int]
     """int64 [R]: the tokens whose logits are wanted, ascending."""
-    sampled: tuple[tuple[int, Chunk], ...]
-    """(row of the logits, chunk) for each chunk that samples."""
-    scored: tuple[tuple[slice, Chunk], ...]
+    drawn_rows: list[int]
+    """The row of the logits that each sample is drawn from; choices of one carrier share theirs."""
+    specs: list[SampleSpec]
+    """How each sample is drawn, in the order of the chunks."""
+    scored: list[tuple[slice, Chunk]]
     """(rows of the logits, chunk) for each chunk that wants prompt log-probabilities."""
 
+    @property
+    def has_a_sample_per_row(self) -> bool:
+        return self.drawn_rows == list(range(len(self.logits_rows)))
 
-def build_forward_batch(plan: StepPlan, store: KVStore) -> ForwardBatch:
+
+def build_forward_batch(plan: StepPlan, block_size: int) -> ForwardBatch:
     """Lay the plan's chunks out; raises ValueError for a chunk whose block table is too short or that is empty."""
-    size, chunks = store.layout.block_size, plan.chunks
+    size, chunks = block_size, plan.chunks
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -56,45 +53,42 @@ def build_forward_batch(plan: StepPlan, store: KVStore) -> ForwardBatch:
             slots.append(block_ids[position // size] * size + position % size)
         starts.append(len(token_ids))
         kv_lengths.append(end)
-    rows, sampled, scored = _logits_rows(chunks, starts)
-
-    device = store.pages.device
+    rows, drawn_rows, scored = _logits_rows(chunks, starts)
     return ForwardBatch(
-        token_ids_T=_tensor(token_ids, np.int64, device),
-        positions_T=_tensor(positions, np.int64, device),
-        context=PagedContext(
-            store=store,
-            slots_T=_tensor(slots, np.int64, device),
-            block_tables_BM=_tensor(_block_tables(chunks, kv_lengths, size), np.int32, device),
-            query_starts=_tensor(starts, np.int32, device),
-            kv_lengths=_tensor(kv_lengths, np.int32, device),
+        inputs=RaggedBatch(
+            token_ids=array("q", token_ids),
+            positions=array("q", positions),
+            slots=array("q", slots),
+            block_tables=array("i", _block_tables(chunks, kv_lengths, size)),
+            query_starts=array("i", starts),
+            kv_lengths=array("i", kv_lengths),
         ),
-        logits_rows=_tensor(rows, np.int64, device),
-        sampled=sampled,
+        logits_rows=array("q", rows),
+        drawn_rows=drawn_rows,
+        specs=[spec for chunk in chunks for spec in chunk.samples],
         scored=scored,
     )
 
 
-def _tensor(numbers: Sequence[int] | Sequence[Sequence[int]], dtype: DTypeLike, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.array(numbers, dtype=dtype))
-    return tensor if device.type == "cpu" else tensor.to(device)
-
-
-def _block_tables(chunks: Sequence[Chunk], kv_lengths: Sequence[int], block_size: int) -> list[list[int]]:
-    """[B, M], zero behind each request's last used block."""
-    counts = [-(-length // block_size) for length in kv_lengths]
-    most = max(counts)
-    return [[*chunk.block_ids[:count], *[0] * (most - count)] for chunk, count in zip(chunks, counts, strict=True)]
+def _block_tables(chunks: Sequence[Chunk], kv_lengths: Sequence[int], block_size: int) -> list[int]:
+    """[B * M], zero behind each request's last used block."""
+    most = -(-max(kv_lengths) // block_size)
+    tables: list[int] = []
+    for chunk, length in zip(chunks, kv_lengths, strict=True):
+        used = chunk.block_ids[: -(-length // block_size)]
+        tables += used
+        tables += [0] * (most - len(used))
+    return tables
 
 
 def _logits_rows(
     chunks: Sequence[Chunk], starts: Sequence[int]
-) -> tuple[list[int], tuple[tuple[int, Chunk], ...], tuple[tuple[slice, Chunk], ...]]:
+) -> tuple[list[int], list[int], list[tuple[slice, Chunk]]]:
     """A sampling chunk needs its last row; one that scores its prompt needs each row that has a successor."""
     rows: list[int] = []
-    sampled: list[tuple[int, Chunk]] = []
+    drawn: list[int] = []
     scored: list[tuple[slice, Chunk]] = []
-    for chunk, first, end in zip(chunks, starts[:-1], starts[1:], strict=True):
+    for chunk, first, end in zip(chunks, starts, starts[1:], strict=False):
         if chunk.prompt_logprobs is not None:
             count = end - first - (chunk.next_token_id is None)
             scored.append((slice(len(rows), len(rows) + count), chunk))
@@ -102,5 +96,5 @@ def _logits_rows(
         if chunk.samples:
             if not rows or rows[-1] != end - 1:
                 rows.append(end - 1)
-            sampled.append((len(rows) - 1, chunk))
-    return rows, tuple(sampled), tuple(scored)
+            drawn += [len(rows) - 1] * len(chunk.samples)
+    return rows, drawn, scored

@@ -6,16 +6,20 @@ taken on trust: `probe.py` compares the result with the original, and a model th
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from duopool.engine.forward_batch import ForwardBatch
+from duopool.engine.kv_store import KVStore
 from duopool.engine.model_loader import LoadedModel
 from duopool.engine.quantized_weights import has_plain_layers
 from duopool.kernels import ops
 from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, StackWeights
+from duopool.kernels.ragged_batch import RaggedBatch
+from duopool.kernels.sample_tokens.draw import Draw, Drawn
 
 LLAMA_SHAPED_MODELS = frozenset(
     f"transformers.models.{family}.modeling_{family}.{name}ForCausalLM"
@@ -32,20 +36,11 @@ class FusedModel(nn.Module):
         super().__init__()
         self._stack = stack
 
-    def forward(self, batch: ForwardBatch, logits_rows: Tensor) -> Tensor:
-        """Logits float32 [R, V] of tokens `logits_rows`."""
-        context = batch.context
-        return ops.decoder_stack(
-            self._stack,
-            context.store.layers,
-            batch.token_ids_T,
-            batch.positions_T,
-            context.slots_T,
-            context.block_tables_BM,
-            context.query_starts,
-            context.kv_lengths,
-            logits_rows,
-        )
+    def run(
+        self, batch: RaggedBatch, store: KVStore, logits_rows: array[int], draws: Sequence[Draw]
+    ) -> tuple[Tensor, Drawn]:
+        """See `forward.forward`."""
+        return ops.decoder_stack(self._stack, store.layers, batch, logits_rows, draws)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ otherwise the model is refused with the reason.
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import torch
@@ -132,10 +133,9 @@ def _paged_logits(model: LoadedModel, layout: KVLayout, prompts: list[list[int]]
                 request = RequestId(str(row))
                 chunks.append(Chunk(request_id=request, token_ids=part, start=start, block_ids=tables[row]))
                 rows.append(row)
-        batch = build_forward_batch(StepPlan(chunks=tuple(chunks)), store)
-        with torch.inference_mode():
-            every = torch.arange(len(batch.token_ids_T), device=model.device)
-            logits = forward(model.module, batch, every).float()
+        inputs = build_forward_batch(StepPlan(chunks=tuple(chunks)), small.block_size).inputs
+        every = array("q", range(len(inputs.token_ids)))
+        logits, _ = forward(model.module, inputs, store, every)
         parts = torch.split(logits, [len(chunk.token_ids) for chunk in chunks])
         for row, part_logits in zip(rows, parts, strict=True):
             found[row].append(part_logits)

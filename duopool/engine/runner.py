@@ -5,8 +5,8 @@ Owns the model, its KV store and nothing about requests: every step is a functio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 
 import psutil
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from duopool.core.config import CacheConfig, ModelConfig
 from duopool.core.sampling_params import SamplingParams
-from duopool.core.step import Chunk, SampleSpec, StepPlan, StepResult
+from duopool.core.step import Chunk, SampledToken, SampleSpec, StepPlan, StepResult
 from duopool.core.types import BlockId, RequestId, TokenLogprob
 from duopool.engine.checked_model import CheckedModel
 from duopool.engine.device import describe, device_memory
@@ -25,9 +25,10 @@ from duopool.engine.kv_sizing import Room, device_room, host_room, size_pool
 from duopool.engine.kv_store import KVStore
 from duopool.engine.model_loader import LoadedModel
 from duopool.engine.model_source import Progress
-from duopool.engine.sampler import sample
+from duopool.engine.sampler import as_sampled, plain_draws, sample
 from duopool.engine.token_logprobs import token_logprobs
 from duopool.kernels import ops
+from duopool.kernels.sample_tokens.draw import Draw, Drawn
 
 
 class ModelRunner:
@@ -105,20 +106,20 @@ class ModelRunner:
     def num_blocks(self) -> int:
         return self.store.num_blocks
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Copy pages, write the KV of every chunk, sample where asked."""
         self._copy(plan)
         if plan.is_empty:
             return StepResult()
-        batch = build_forward_batch(plan, self.store)
-        logits_RV = self._forward(batch)
-        drawn = [(row, spec) for row, chunk in batch.sampled for spec in chunk.samples]
-        rows = [row for row, _ in drawn]
-        wanted = logits_RV if rows == list(range(len(logits_RV))) else logits_RV[rows]
-        tokens = iter(sample(wanted, [spec for _, spec in drawn], self._masks))
+        batch = build_forward_batch(plan, self.store.layout.block_size)
+        draws = plain_draws(batch.specs) if batch.has_a_sample_per_row else []
+        logits_RV, drawn = self._forward(batch, draws)
+        if draws:
+            sampled = as_sampled(drawn, logits_RV, batch.specs)
+        else:
+            sampled = sample(logits_RV[batch.drawn_rows], batch.specs, self._masks)
         return StepResult(
-            tokens={chunk.request_id: tuple(islice(tokens, len(chunk.samples))) for _, chunk in batch.sampled},
+            tokens=_tokens(plan.chunks, sampled),
             prompt_logprobs={chunk.request_id: _score(logits_RV[where], chunk) for where, chunk in batch.scored},
         )
 
@@ -151,9 +152,21 @@ class ModelRunner:
             targets = torch.tensor([copy.target for copy in plan.copies], dtype=torch.int64, device=device)
             ops.copy_blocks(self.store.pages, sources, targets)
 
-    def _forward(self, batch: ForwardBatch) -> Tensor:
-        """Logits [R, V] of the wanted rows."""
-        return forward(self._model.module, batch, batch.logits_rows)
+    def _forward(self, batch: ForwardBatch, draws: Sequence[Draw]) -> tuple[Tensor, Drawn]:
+        """Logits float32 [R, V] of the wanted rows, and what is drawn from them."""
+        return forward(self._model.module, batch.inputs, self.store, batch.logits_rows, draws)
+
+
+def _tokens(chunks: Sequence[Chunk], sampled: Sequence[SampledToken]) -> dict[RequestId, tuple[SampledToken, ...]]:
+    """Each chunk's own of the samples, which stand in the order of the chunks."""
+    tokens: dict[RequestId, tuple[SampledToken, ...]] = {}
+    first = 0
+    for chunk in chunks:
+        if chunk.samples:
+            end = first + len(chunk.samples)
+            tokens[chunk.request_id] = tuple(sampled[first:end])
+            first = end
+    return tokens
 
 
 def _score(logits_RV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:

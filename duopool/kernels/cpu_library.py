@@ -88,7 +88,12 @@ def _declare(calls: ctypes.CDLL) -> None:
     calls.duopool_decoder_stack.restype = flag
     calls.duopool_copy_blocks.argtypes = [pointer, number, number, number, pointer, pointer, number, flag]
     calls.duopool_copy_blocks.restype = flag
-    if hasattr(calls, "duopool_contenders"):
+    if hasattr(calls, "duopool_sample_tokens"):
+        calls.duopool_sample_tokens.argtypes = [
+            *(flag, pointer, number, number, number),
+            *(ctypes.c_char_p, pointer, pointer, flag),
+        ]
+        calls.duopool_sample_tokens.restype = None
         calls.duopool_contenders.argtypes = [
             *(flag, pointer, number, number, number, pointer, pointer),
             *(number, pointer, pointer, flag),
@@ -131,7 +136,7 @@ def library() -> CpuLibrary | None:
         calls=calls,
         isa=isa,
         has_crc32=hasattr(calls, "duopool_crc32"),
-        has_sampling=hasattr(calls, "duopool_contenders"),
+        has_sampling=hasattr(calls, "duopool_sample_tokens"),
         has_copy_pages=hasattr(calls, "duopool_copy_pages"),
         torch_has_bfloat16_tiles=bool(calls.duopool_has_bfloat16_tiles()),
     )

@@ -10,14 +10,13 @@ M most blocks of a request, X elements of a page, K input features.
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from duopool.kernels.best_tokens import cpu as best_tokens_cpu
-from duopool.kernels.contenders import cpu as contenders_cpu
 from duopool.kernels.copy_blocks import cpu as copy_blocks_cpu
 from duopool.kernels.copy_blocks import reference as copy_blocks_reference
 from duopool.kernels.cpu_library import CpuLibrary, library
@@ -30,16 +29,16 @@ from duopool.kernels.linear import cpu as linear_cpu
 from duopool.kernels.linear.packed_weight import PackedWeight
 from duopool.kernels.paged_attention import cpu as attention_cpu
 from duopool.kernels.paged_attention import torch_fallback as attention_fallback
-from duopool.kernels.top_candidates import cpu as top_candidates_cpu
-from duopool.kernels.top_candidates import reference as top_candidates_reference
+from duopool.kernels.ragged_batch import RaggedBatch
+from duopool.kernels.sample_tokens import cpu as sample_tokens_cpu
+from duopool.kernels.sample_tokens import reference as sample_tokens_reference
+from duopool.kernels.sample_tokens.draw import Draw, Drawn
 from duopool.kernels.write_kv import cpu as write_kv_cpu
 from duopool.kernels.write_kv import reference as write_kv_reference
 
 __all__ = [
     "PackedStack",
     "PackedWeight",
-    "best_tokens",
-    "contenders",
     "copy_blocks",
     "copy_pages",
     "crc32",
@@ -49,7 +48,7 @@ __all__ = [
     "pack_stack",
     "pack_weight",
     "paged_attention",
-    "top_candidates",
+    "sample_tokens",
     "write_kv",
 ]
 
@@ -247,105 +246,37 @@ def pack_stack(weights: StackWeights, bits: int | None = None) -> PackedStack | 
 def decoder_stack(
     stack: PackedStack,
     caches: Sequence[tuple[Tensor, Tensor]],
-    token_ids_T: Tensor,
-    positions_T: Tensor,
-    slots_T: Tensor,
-    block_tables_BM: Tensor,
-    query_starts: Tensor,
-    kv_lengths: Tensor,
-    logits_rows: Tensor,
-) -> Tensor:
+    batch: RaggedBatch,
+    logits_rows: array[int],
+    draws: Sequence[Draw] = (),
+) -> tuple[Tensor, Drawn]:
     """One step of a decoder of the Llama shape in one call: logits, float32 [R, vocabulary], of tokens `logits_rows`.
 
-    `caches` are keys and values [N, G, S, D] per layer, all with the strides of the first; the step's own go to
-    `slots_T` (int64: `block_id * S + offset`; negative: nowhere) before its attention, whose batch is described as for
-    `paged_attention`. Token ids, positions and rows are int64. The residual stream is float32; factors of products,
-    queries and pages have the weights' dtype. Raises ValueError when something does not fit.
+    `caches` are keys and values [N, G, S, D] per layer, all with the strides of the first; the step's own go to their
+    slots before its attention. Rows are int64. With `draws`, one for each row, the rows' tokens are drawn as by
+    `sample_tokens`. The residual stream is float32; factors of products, queries and pages have the weights' dtype.
+    Raises ValueError when something does not fit.
     """
-    _check_stack(
-        stack, caches, token_ids_T, positions_T, slots_T, block_tables_BM, query_starts, kv_lengths, logits_rows
-    )
-    return stack_cpu.decoder_stack(
-        stack,
-        caches,
-        token_ids_T,
-        positions_T,
-        slots_T,
-        block_tables_BM,
-        query_starts,
-        kv_lengths,
-        logits_rows,
-    )
-
-
-def _check_stack(
-    stack: PackedStack,
-    caches: Sequence[tuple[Tensor, Tensor]],
-    token_ids_T: Tensor,
-    positions_T: Tensor,
-    slots_T: Tensor,
-    block_tables_BM: Tensor,
-    query_starts: Tensor,
-    kv_lengths: Tensor,
-    logits_rows: Tensor,
-) -> None:
     first = caches[0][0]
     if len(caches) != stack.num_layers or first.dtype != stack.dtype or first.stride(3) != 1:
         raise ValueError(f"{len(caches)} caches of {first.dtype} for {stack.num_layers} layers of {stack.dtype}")
-    if not (len(token_ids_T) == len(positions_T) == len(slots_T)):
-        raise ValueError(f"{len(token_ids_T)} token ids, {len(positions_T)} positions, {len(slots_T)} slots")
-    if len(block_tables_BM) != len(kv_lengths) or len(query_starts) != len(kv_lengths) + 1:
-        raise ValueError(
-            f"{len(kv_lengths)} kv_lengths, {len(block_tables_BM)} block tables, {len(query_starts)} query_starts"
-        )
-    for name, wanted, tensors in (
-        ("token ids, positions, slots and rows", torch.int64, (token_ids_T, positions_T, slots_T, logits_rows)),
-        ("block tables, query_starts and kv_lengths", torch.int32, (block_tables_BM, query_starts, kv_lengths)),
-    ):
-        if not all(each.dtype == wanted and each.is_contiguous() for each in tensors):
-            raise ValueError(f"{name} must be contiguous {wanted}")
+    batch.check()
+    if logits_rows.typecode != "q" or (draws and len(draws) != len(logits_rows)):
+        raise ValueError(f"rows of logits must be int64, with a draw for each or none; got {len(draws)} draws")
+    return stack_cpu.decoder_stack(stack, caches, batch, logits_rows, draws)
 
 
-def top_candidates(
-    scores_RV: Tensor, floors_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, *, capacity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which tokens of each row may be drawn: (scores [R, K], indices [R, K], counts [R], bounds [R]).
+def sample_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Drawn:
+    """The next token of each row of float32 logits, drawn as `draws` says, and the row's largest logit.
 
-    Scores are logits over temperature with the row's largest taken off, so none is above 0; -inf is out. Kept are those
-    of at least `floors_R` (float32), of these the `top_k_R` (int64) best, of these the fewest that have `top_p_R`
-    (float64) of their probability. `bounds` is the lowest that is kept, and everything equal to it is kept too. K is at
-    most `capacity`; behind a row's candidates stand -inf and 0. A row that is not listed whole has a count above
-    `capacity`, and its bound alone is of use. A row's answer does not depend on its neighbours.
+    Greedy rows take the first of the best. The others divide by the temperature, drop what min-p, then top-k, then
+    top-p excludes (equal logits stay or go together), and take the best of logit plus Gumbel noise
+    (`sample_tokens/noise.py`), which is a draw from the softmax. A row's token does not depend on its neighbours.
     """
-    cpu = library() if scores_RV.is_cpu and scores_RV.dtype == torch.float32 and scores_RV.stride(1) == 1 else None
+    cpu = library() if logits_RV.is_cpu else None
     if cpu is None or not cpu.has_sampling:
-        return top_candidates_reference.top_candidates(scores_RV, floors_R, top_k_R, top_p_R, capacity)
-    return top_candidates_cpu.top_candidates(cpu, scores_RV, floors_R, top_k_R, top_p_R, capacity)
-
-
-def best_tokens(scores_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row of float32 scores and the first token that has it: (float32 [R], int64 [R]).
-
-    The largest of a row with a NaN is NaN; its token is any.
-    """
-    cpu = library() if scores_RV.is_cpu else None
-    if cpu is None or not cpu.has_sampling:
-        best = scores_RV.max(dim=-1)
-        return best.values, best.indices
-    return best_tokens_cpu.best_tokens(cpu, scores_RV)
-
-
-def contenders(scores_RV: Tensor, keys_R2: Tensor, marks_R: Tensor, *, capacity: int) -> tuple[Tensor, Tensor] | None:
-    """Tokens whose score plus noise may be above a row's mark: (indices [R, capacity], counts [R]), int64.
-
-    Whoever is above it is among them, and few others. Scores are float32, -inf never is one; noise is that of
-    `engine/sampling_noise.py` under `keys_R2` (int32); `marks_R` is float32. Behind a row's indices stand zeros; a
-    count above `capacity` means that some are missing. None where there is no kernel.
-    """
-    cpu = library() if scores_RV.is_cpu else None
-    if cpu is None or not cpu.has_sampling:
-        return None
-    return contenders_cpu.contenders(cpu, scores_RV, keys_R2.contiguous(), marks_R.contiguous(), capacity=capacity)
+        return sample_tokens_reference.sample_tokens(logits_RV, draws)
+    return sample_tokens_cpu.sample_tokens(cpu, logits_RV, draws)
 
 
 def crc32(data: bytes | memoryview) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tiny_models import BYPASSING, FAMILIES, VOCAB_SIZE, make
@@ -22,6 +22,7 @@ from duopool.engine.probe import check_parity, eager_logits
 from duopool.engine.runner import ModelRunner
 from duopool.kernels import ops
 from duopool.kernels.cpu_library import library
+from duopool.kernels.sample_tokens.draw import Drawn
 
 CPU = library()
 needs_library = pytest.mark.skipif(CPU is None, reason="the compiled kernels are not built")
@@ -88,7 +89,9 @@ def test_prompt_logprobs_equal_eager_for_every_chunking(family: str, monkeypatch
                 )
             result = runner.execute(StepPlan(chunks=tuple(chunks)))
             # The same step with logits for the sampled rows alone.
-            short = runner.execute(StepPlan(chunks=tuple(replace(chunk, prompt_logprobs=None) for chunk in chunks)))
+            short = runner.execute(
+                StepPlan(chunks=tuple(msgspec.structs.replace(chunk, prompt_logprobs=None) for chunk in chunks))
+            )
             assert {r: t.token_id for r, (t,) in short.tokens.items()} == {
                 r: t.token_id for r, (t,) in result.tokens.items()
             }
@@ -140,7 +143,7 @@ def test_a_fused_model_that_is_wrong_goes_layer_by_layer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     true = ops.decoder_stack
-    monkeypatch.setattr(ops, "decoder_stack", lambda *a: true(*a).roll(1, dims=-1))
+    monkeypatch.setattr(ops, "decoder_stack", lambda *a: (true(*a)[0].roll(1, dims=-1), Drawn([], [])))
     runner = ModelRunner.from_model(adopt(make(FAMILIES["llama"]())), CacheConfig(num_blocks=4))
     assert not isinstance(runner.module, FusedModel)
     assert "layer by layer" in caplog.text

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -103,14 +102,14 @@ def test_a_step_writes_its_own_slots_only(runner: ModelRunner) -> None:
 
 def test_prompt_logprobs_have_one_entry_per_predicted_token(runner: ModelRunner) -> None:
     tokens = list(range(10, 16))
-    chunk = replace(chunk_of(tokens, [0, 1], params=None), prompt_logprobs=2)
+    chunk = msgspec.structs.replace(chunk_of(tokens, [0, 1], params=None), prompt_logprobs=2)
     entries = runner.execute(StepPlan(chunks=(chunk,))).prompt_logprobs[chunk.request_id]
     assert [entry.token_id for entry in entries] == tokens[1:]
     assert all(len(entry.top) == 2 for entry in entries)
-    followed = replace(chunk, next_token_id=42)
+    followed = msgspec.structs.replace(chunk, next_token_id=42)
     entries = runner.execute(StepPlan(chunks=(followed,))).prompt_logprobs[chunk.request_id]
     assert [entry.token_id for entry in entries] == [*tokens[1:], 42]
-    first = replace(chunk_of([10], [0], params=None), prompt_logprobs=0)
+    first = msgspec.structs.replace(chunk_of([10], [0], params=None), prompt_logprobs=0)
     assert runner.execute(StepPlan(chunks=(first,))).prompt_logprobs[first.request_id] == ()
 
 
@@ -122,9 +121,9 @@ def test_a_plan_without_chunks_gives_nothing(runner: ModelRunner) -> None:
 
 def test_a_chunk_beyond_its_table_is_refused(runner: ModelRunner) -> None:
     with pytest.raises(ValueError, match="need 2 blocks, the table has 1"):
-        build_forward_batch(StepPlan(chunks=(chunk_of([1, 2], [0], start=3),)), runner.store)
+        build_forward_batch(StepPlan(chunks=(chunk_of([1, 2], [0], start=3),)), BLOCK_SIZE)
     with pytest.raises(ValueError, match="0 tokens"):
-        build_forward_batch(StepPlan(chunks=(chunk_of([], [0]),)), runner.store)
+        build_forward_batch(StepPlan(chunks=(chunk_of([], [0]),)), BLOCK_SIZE)
 
 
 def test_warm_up_leaves_the_store_empty() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import NO_TOKEN, SampledToken, SampleSpec
-from duopool.engine.candidates import MOST_LISTED
 from duopool.engine.logit_rules import apply_rules
 from duopool.engine.sampler import sample
-from duopool.engine.sampling_noise import gumbel_noise, noise_keys
+from duopool.kernels.sample_tokens.noise import gumbel_noise, noise_keys
+from duopool.kernels.sample_tokens.reference import MOST_LISTED
 
 VOCAB = 50
 
@@ -220,7 +220,7 @@ def test_rules_match_a_plain_reference() -> None:
     for token in set(output):
         expected[token] -= 0.5 + 0.25 * output.count(token)
     torch.testing.assert_close(apply_rules(logits.clone(), [spec])[0], torch.tensor(expected))
-    late = replace(spec, output_token_ids=[3] * 5)
+    late = msgspec.structs.replace(spec, output_token_ids=[3] * 5)
     assert torch.isfinite(apply_rules(logits.clone(), [late])).all()
 
 

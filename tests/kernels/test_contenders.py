@@ -9,9 +9,9 @@ import torch
 from compiled import ISAS, compiled, needs_library
 from torch import Tensor
 
-from duopool.engine.sampling_noise import gumbel_noise, noise_keys
 from duopool.kernels.contenders import cpu
 from duopool.kernels.cpu_library import Isa
+from duopool.kernels.sample_tokens.noise import gumbel_noise, noise_keys
 
 MARKS = torch.tensor([-1.5, 0.0, 2.0, 4.5, 9.0])
 

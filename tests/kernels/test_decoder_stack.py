@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,6 +20,8 @@ from duopool.kernels.decoder_stack.cpu import PackedStack
 from duopool.kernels.decoder_stack.reference import decoder_stack as reference
 from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, StackWeights
 from duopool.kernels.linear.reference import rounded_to
+from duopool.kernels.ragged_batch import RaggedBatch
+from duopool.kernels.sample_tokens.draw import Draw, Drawn
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 40
@@ -95,6 +98,16 @@ def make_batch(generator: torch.Generator, vocab_size: int, spans: list[tuple[in
     ]
 
 
+def arguments(batch: list[Tensor]) -> tuple[RaggedBatch, array[int]]:
+    """The same as the op takes it."""
+    arrays = [array("i" if each.dtype == torch.int32 else "q", each.flatten().tolist()) for each in batch]
+    ids, positions, slots, tables, starts, lengths, rows = arrays
+    inputs = RaggedBatch(
+        token_ids=ids, positions=positions, slots=slots, block_tables=tables, query_starts=starts, kv_lengths=lengths
+    )
+    return inputs, rows
+
+
 def rows_of(starts: list[int], wanted: list[int], order: str) -> Tensor:
     """Some tokens of each request: mostly its last ones, as a scheduler asks for them, but anything is allowed."""
     rows: list[int] = []
@@ -168,7 +181,7 @@ def test_agrees_with_the_reference(
     expected = reference(weights, expected_caches, *batch)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    found = cpu.decoder_stack(PackedStack(compiled(isa), weights), caches, *batch)
+    found, _ = cpu.decoder_stack(PackedStack(compiled(isa), weights), caches, *arguments(batch))
     torch.set_num_threads(before)
     limit = TOLERANCE[dtype]
     if len(expected):
@@ -190,7 +203,7 @@ def test_weights_of_few_bits_are_rounded_as_the_reference_rounds_them(isa: Isa, 
         batch = make_batch(generator, 77, spans)
         caches = make_caches(generator, weights, batch)
         expected = reference(rounded_weights(weights, bits), copied(caches), *batch)
-        found = cpu.decoder_stack(PackedStack(compiled(isa), weights, bits), caches, *batch)
+        found, _ = cpu.decoder_stack(PackedStack(compiled(isa), weights, bits), caches, *arguments(batch))
         # Activations are bytes: half a step of 1/127 of the largest in its group each, averaged over the inputs.
         limit = 0.05 * float(expected.abs().max())
         assert float((found - expected).abs().max()) < limit
@@ -217,7 +230,7 @@ def test_not_a_number_survives_weights_of_few_bits(bits: int) -> None:
     batch = make_batch(generator, 77, [(0, 1), (0, 1)])
     batch[0] = torch.tensor([5, 6])
     stack = PackedStack(compiled(ISAS[-1]), weights, bits)
-    found = cpu.decoder_stack(stack, make_caches(generator, weights, batch), *batch)
+    found, _ = cpu.decoder_stack(stack, make_caches(generator, weights, batch), *arguments(batch))
     assert found[0].isnan().all()
     assert found[1].isfinite().all()
 
@@ -229,14 +242,34 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     batch = make_batch(generator, 77, [(9, 1), (3, 1), (0, 1), (12, 1), (7, 1)])
     caches = make_caches(generator, weights, batch)
     stack = PackedStack(compiled(ISAS[-1]), weights)
-    together = cpu.decoder_stack(stack, copied(caches), *batch)
+    together, _ = cpu.decoder_stack(stack, copied(caches), *arguments(batch))
     ids, positions, slots, tables, _, lengths, _ = batch
     for row in range(5):
         one = slice(row, row + 1)
         starts, rows = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0])
         step = [ids[one], positions[one], slots[one], tables[one], starts, lengths[one], rows]
-        alone = cpu.decoder_stack(stack, copied(caches), *step)
+        alone, _ = cpu.decoder_stack(stack, copied(caches), *arguments(step))
         assert torch.equal(alone[0], together[row])
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name.lower())
+def test_tokens_are_drawn_as_from_the_logits_alone(isa: Isa) -> None:
+    generator = torch.Generator().manual_seed(9)
+    weights = make_weights(generator, torch.bfloat16)
+    batch = make_batch(generator, 77, [(9, 1), (3, 4), (0, 1), (12, 1)])
+    caches = make_caches(generator, weights, batch)
+    stack = PackedStack(compiled(isa), weights)
+    kinds = [(0.0, 1.0, 0.0, 0), (1.0, 1.0, 0.0, 0), (0.8, 0.7, 0.0, 0), (1.5, 1.0, 0.01, 9)]
+    for seed in range(20):
+        draws = [Draw(*kind, seed, 3 * row) for row, kind in enumerate(kinds)]
+        logits, drawn = cpu.decoder_stack(stack, copied(caches), *arguments(batch), draws)
+        assert drawn == ops.sample_tokens(logits, draws)
+    without, nothing = cpu.decoder_stack(stack, copied(caches), *arguments(batch))
+    assert torch.equal(without, logits)
+    assert nothing == Drawn([], [])
+    with pytest.raises(ValueError, match="3 draws"):
+        ops.decoder_stack(stack, caches, *arguments(batch), draws[:3])
 
 
 @needs_library
@@ -248,7 +281,8 @@ def test_a_negative_slot_is_written_nowhere_and_no_rows_give_no_logits() -> None
     batch[6] = batch[6][:0]
     caches = make_caches(generator, weights, batch)
     before = copied(caches)
-    assert cpu.decoder_stack(PackedStack(compiled(ISAS[-1]), weights), caches, *batch).shape == (0, 77)
+    logits, _ = cpu.decoder_stack(PackedStack(compiled(ISAS[-1]), weights), caches, *arguments(batch))
+    assert logits.shape == (0, 77)
     for (keys, values), (old_keys, old_values) in zip(caches, before, strict=True):
         torch.testing.assert_close(keys, old_keys, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(values, old_values, rtol=0, atol=0, equal_nan=True)
@@ -279,7 +313,7 @@ def test_what_lies_outside_is_refused_and_nothing_is_written(argument: int, valu
     if stack is None:
         pytest.skip("this machine goes layer by layer")
     with pytest.raises(ValueError, match=message):
-        ops.decoder_stack(stack, caches, *batch)
+        ops.decoder_stack(stack, caches, *arguments(batch))
     for (keys, _), (old_keys, _) in zip(caches, before, strict=True):
         torch.testing.assert_close(keys, old_keys, rtol=0, atol=0, equal_nan=True)
 
@@ -292,11 +326,17 @@ def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
     caches = make_caches(generator, weights, batch)
     stack = PackedStack(compiled(ISAS[0]), weights)
     with pytest.raises(ValueError, match="caches"):
-        ops.decoder_stack(stack, caches[:1], *batch)
-    for argument, wrong in ((0, batch[0][:1]), (0, batch[0].int()), (3, batch[3].long()), (5, batch[5][:0])):
-        arguments = [*batch[:argument], wrong, *batch[argument + 1 :]]
-        with pytest.raises(ValueError, match=r"token ids|block tables|kv_lengths"):
-            ops.decoder_stack(stack, caches, *arguments)
+        ops.decoder_stack(stack, caches[:1], *arguments(batch))
+    for argument, wrong in (
+        (0, batch[0][:1]),
+        (0, batch[0].int()),
+        (3, batch[3].long()),
+        (5, batch[5][:0]),
+        (6, batch[6].int()),
+    ):
+        changed = [*batch[:argument], wrong, *batch[argument + 1 :]]
+        with pytest.raises(ValueError, match=r"token ids|block tables|kv_lengths|rows"):
+            ops.decoder_stack(stack, caches, *arguments(changed))
 
 
 @pytest.mark.parametrize("codes_used", [16, 12, 9])

@@ -1,4 +1,4 @@
-"""The call of the compiled `best_tokens`."""
+"""The compiled search for a row's best token by itself: a part of `sample_tokens` that tests look at alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from duopool.kernels.cpu_library import CpuLibrary, num_threads
 
 
 def best_tokens(cpu: CpuLibrary, scores_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """See `duopool.kernels.ops.best_tokens`."""
+    """The largest of each row of float32 scores and the first token that has it: (float32 [R], int64 [R]).
+
+    The largest of a row with a NaN is NaN; its token is any.
+    """
     rows, size = scores_RV.shape
     if scores_RV.stride(1) != 1:
         scores_RV = scores_RV.contiguous()

@@ -1,13 +1,15 @@
-// The noise of sampling (engine/sampling_noise.py) as far as it decides who may win: its hash, for one instruction set.
+// The noise of sampling (sample_tokens/noise.py) as far as it decides who may win: its hash, for one instruction set.
 
-// MurmurHash3's 32-bit finaliser.
-DUOPOOL_INLINE Words mixed_bits(Words x) {
+// MurmurHash3's 32-bit finaliser, of one word or of a vector of them.
+template <class Bits>
+DUOPOOL_INLINE Bits mixed_bits(Bits x) {
     x = (x ^ (x >> 16)) * 0x85ebca6bu;
     x = (x ^ (x >> 13)) * 0xc2b2ae35u;
     return x ^ (x >> 16);
 }
 
-DUOPOOL_INLINE Words noise_bits(Words indices, uint32_t first_key, uint32_t second_key) {
+template <class Bits>
+DUOPOOL_INLINE Bits noise_bits(Bits indices, uint32_t first_key, uint32_t second_key) {
     return mixed_bits(mixed_bits(indices * 0x9e3779b1u + first_key) ^ second_key) >> 1;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from duopool.kernels.cpu_library import CpuLibrary, num_threads
 from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, StackWeights
 from duopool.kernels.linear import cpu as linear_cpu
+from duopool.kernels.ragged_batch import RaggedBatch
+from duopool.kernels.sample_tokens.cpu import packed
+from duopool.kernels.sample_tokens.draw import Draw, Drawn
 
 _POINTER, _NUMBER, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _Addresses: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
@@ -81,6 +85,9 @@ class _Call(ctypes.Structure):
         ("kv_lengths", _POINTER),
         ("logits_rows", _POINTER),
         ("logits", _POINTER),
+        ("draws", ctypes.c_char_p),
+        ("tokens", _POINTER),
+        ("best", _POINTER),
         ("num_tokens", _NUMBER),
         ("num_requests", _NUMBER),
         ("num_rows", _NUMBER),
@@ -134,15 +141,19 @@ class PackedStack:
             self.dtype == torch.bfloat16,
         )
         self.num_layers = len(weights.layers)
-        self._pages: tuple[Sequence[tuple[Tensor, Tensor]], _Addresses, _Addresses] | None = None
+        self._pages: tuple[Sequence[tuple[Tensor, Tensor]], list[_Addresses], tuple[int, ...]] | None = None
+        """A store's layers, where each layer's keys and values begin, and what a call says of them."""
+        self.model_address = ctypes.addressof(self.model)
 
-    def addresses(self, caches: Sequence[tuple[Tensor, Tensor]]) -> tuple[_Addresses, _Addresses]:
-        """Where each layer's keys and values begin; looked up once for a store, whose layers are a tuple."""
+    def pages(self, caches: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
+        """The first fields of a call; looked up once for a store, whose layers are a tuple."""
         if self._pages is None or self._pages[0] is not caches or not isinstance(caches, tuple):
             of_layers = _POINTER * self.num_layers
-            keys, values = (of_layers(*(cache[part].data_ptr() for cache in caches)) for part in (0, 1))
-            self._pages = caches, keys, values
-        return self._pages[1:]
+            addresses = [of_layers(*(cache[part].data_ptr() for cache in caches)) for part in (0, 1)]
+            keys = caches[0][0]
+            shape = (*keys.stride()[:3], keys.shape[0], keys.shape[2])
+            self._pages = caches, addresses, (*map(ctypes.addressof, addresses), *shape)
+        return self._pages[2]
 
     def _layer(self, layer: LayerWeights) -> _Layer:
         return _Layer(
@@ -193,41 +204,36 @@ class PackedStack:
 def decoder_stack(
     stack: PackedStack,
     caches: Sequence[tuple[Tensor, Tensor]],
-    token_ids_T: Tensor,
-    positions_T: Tensor,
-    slots_T: Tensor,
-    block_tables_BM: Tensor,
-    query_starts: Tensor,
-    kv_lengths: Tensor,
-    logits_rows: Tensor,
-) -> Tensor:
+    batch: RaggedBatch,
+    logits_rows: array[int],
+    draws: Sequence[Draw] = (),
+) -> tuple[Tensor, Drawn]:
     """See `duopool.kernels.ops.decoder_stack`; raises ValueError before anything is written."""
-    keys, values = stack.addresses(caches)
-    first_keys = caches[0][0]
-    strides = first_keys.stride()
-    logits = torch.empty(len(logits_rows), stack.vocab_size)
+    num_requests, num_rows = len(batch.kv_lengths), len(logits_rows)
+    blocks_per_request = len(batch.block_tables) // max(1, num_requests)
+    logits = torch.empty(num_rows, stack.vocab_size)
+    token_ids, best = array("q", bytes(8 * len(draws))), array("f", bytes(4 * len(draws)))
     call = _Call(
-        ctypes.addressof(keys),
-        ctypes.addressof(values),
-        *strides[:3],
-        first_keys.shape[0],
-        first_keys.shape[2],
-        token_ids_T.data_ptr(),
-        positions_T.data_ptr(),
-        slots_T.data_ptr(),
-        block_tables_BM.data_ptr(),
-        block_tables_BM.stride(0),
-        block_tables_BM.shape[1],
-        query_starts.data_ptr(),
-        kv_lengths.data_ptr(),
-        logits_rows.data_ptr(),
+        *stack.pages(caches),
+        batch.token_ids.buffer_info()[0],
+        batch.positions.buffer_info()[0],
+        batch.slots.buffer_info()[0],
+        batch.block_tables.buffer_info()[0],
+        blocks_per_request,
+        blocks_per_request,
+        batch.query_starts.buffer_info()[0],
+        batch.kv_lengths.buffer_info()[0],
+        logits_rows.buffer_info()[0],
         logits.data_ptr(),
-        len(token_ids_T),
-        len(kv_lengths),
-        len(logits_rows),
+        packed(draws) if draws else None,
+        token_ids.buffer_info()[0],
+        best.buffer_info()[0],
+        len(batch.token_ids),
+        num_requests,
+        num_rows,
         num_threads(),
     )
-    status = stack.cpu.calls.duopool_decoder_stack(ctypes.byref(stack.model), ctypes.byref(call))
+    status = stack.cpu.calls.duopool_decoder_stack(stack.model_address, ctypes.byref(call))
     if status:
         raise ValueError(_PROBLEMS[status])
-    return logits
+    return logits, Drawn(token_ids.tolist(), best.tolist())

@@ -4,11 +4,13 @@
 #include "decoder_stack/stack_memory.h"
 #include "linear/row_blocks.h"
 
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <vector>
+
 #define DUOPOOL_KERNEL_BODY "decoder_stack/stack_step.h"
 #include "every_isa.h"
-
-#include <algorithm>
-#include <vector>
 
 namespace {
 
@@ -113,7 +115,7 @@ int64_t cut_layers(const StackModel& model, AttentionCall& attention, int64_t fl
 
 }  // namespace
 
-// Fills call->logits and the slots of the pages; returns a Status, and touches nothing unless that is DONE.
+// Fills call->logits, with draws the tokens too, and the slots of the pages; returns a Status, and touches nothing unless that is DONE.
 DUOPOOL_EXPORT int32_t duopool_decoder_stack(const StackModel* model_of_call, const StackCall* call_of_step) {
     static thread_local Scratch scratch;
     const StackModel& model = *model_of_call;
@@ -145,7 +147,7 @@ DUOPOOL_EXPORT int32_t duopool_decoder_stack(const StackModel* model_of_call, co
     }
     memory.partials = at_least(scratch.partials, most_partials);
     memory.plans = scratch.plan_of_layer.data();
-    PhaseState* const phases = scratch.team.begin(2 + 7 * model.num_layers);
+    PhaseState* const phases = scratch.team.begin(3 + 7 * model.num_layers);
     // Factors take at most a float each, or a byte and a share of their group's scale.
     const int64_t widest = std::max({model.hidden, heads, model.intermediate}) + 64;
 #pragma omp parallel num_threads(call.num_threads)

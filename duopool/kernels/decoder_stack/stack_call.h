@@ -1,4 +1,4 @@
-// One step of a whole decoder as plain values: token ids in, logits out. Owns no arithmetic.
+// One step of a whole decoder as plain values: token ids in, logits and tokens out. Owns no arithmetic.
 //
 // Legend: T query tokens, B requests, R rows of logits, H query heads, G kv heads, D head dim, S block size, N blocks,
 // V vocabulary, P positions.
@@ -6,6 +6,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "sample_tokens/draw.h"
 
 // Field for field the structures in cpu.py.
 struct StackMatrix {
@@ -44,6 +46,9 @@ struct StackCall {
     const int32_t* kv_lengths;    // [B]
     const int64_t* logits_rows;   // [R], tokens
     float* logits;                // [R, V]
+    const Draw* draws;            // [R], or null: no token is drawn
+    int64_t* tokens;              // [R]
+    float* best;                  // [R]: the largest logit, or NaN
     int64_t num_tokens, num_requests, num_rows;
     int32_t num_threads;
 };

@@ -5,6 +5,7 @@
 
 #include "linear/panel_product.h"
 #include "paged_attention/attention_piece.h"
+#include "sample_tokens/row_draw.h"
 
 // How a matrix lies in panels, and as what activations meet it.
 template <class T>
@@ -258,4 +259,8 @@ DUOPOOL_TARGET void run_stack(const StackModel& model, const StackCall& call, co
     const int64_t* const picked = memory.row_of_token ? nullptr : call.logits_rows;
     product<T>(thread, model.head, NormalisedRows{residual, model.final_norm, model.hidden, model.eps, picked},
                call.num_rows, threads, StoreSums<float, float>{call.logits, model.vocab_size, model.head.bias});
+    if (!call.draws) return;
+    for (int64_t row; member.next(call.num_rows, row);)
+        call.tokens[row] = draw_token(call.logits + row * model.vocab_size, model.vocab_size, call.draws[row],
+                                      draw_memory(model.vocab_size), call.best[row]);
 }

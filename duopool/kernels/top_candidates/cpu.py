@@ -1,4 +1,4 @@
-"""The call of the compiled `top_candidates`."""
+"""The compiled choice of candidates by itself: a part of `sample_tokens` that tests look at alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from duopool.kernels.cpu_library import CpuLibrary, num_threads
 def top_candidates(
     cpu: CpuLibrary, scores_RV: Tensor, floors_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `duopool.kernels.ops.top_candidates`; the scores' last dimension is contiguous."""
+    """See reference.py; the scores' last dimension is contiguous."""
     rows, size = scores_RV.shape
     best = torch.empty(rows, capacity)
     indices = torch.empty(rows, capacity, dtype=torch.int64)

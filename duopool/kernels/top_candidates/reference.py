@@ -14,7 +14,14 @@ LIST_LENGTHS = (1024, 8192)
 def top_candidates(
     scores_RV: Tensor, floors_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `duopool.kernels.ops.top_candidates`."""
+    """Which tokens of each row may be drawn: (scores [R, K], indices [R, K], counts [R], bounds [R]).
+
+    Scores are logits over temperature with the row's largest taken off, so none is above 0; -inf is out. Kept are those
+    of at least `floors_R` (float32), of these the `top_k_R` (int64) best, of these the fewest that have `top_p_R`
+    (float64) of their probability. `bounds` is the lowest that is kept, and everything equal to it is kept too. K is at
+    most `capacity`; behind a row's candidates stand -inf and 0. A row that is not listed whole has a count above
+    `capacity`, and its bound alone is of use. A row's answer does not depend on its neighbours.
+    """
     bounds_R1, ordered_RK, order_RK = _bounds(
         scores_RV, floors_R.unsqueeze(1), top_k_R.unsqueeze(1), top_p_R.unsqueeze(1)
     )

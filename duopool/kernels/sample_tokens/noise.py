@@ -24,13 +24,13 @@ def noise_keys(seeds: Sequence[int], positions: Sequence[int], device: torch.dev
 def gumbel_noise(keys_R2: Tensor, indices: Tensor) -> Tensor:
     """Standard Gumbel noise, float32 [R, K], for vocabulary indices [K] or [R, K].
 
-    With E a standard exponential made of 31 hashed bits the noise is -log(E). Small E (the winners) keep the full
-    relative precision of float32.
+    With E a standard exponential made of 31 hashed bits the noise is -log(E). It is computed in float64 and rounded
+    once, so that whoever computes it gets the same.
     """
     bits = _mix(indices.to(torch.int32) * _signed_32(0x9E3779B1) + keys_R2[:, :1])
     bits = _mix(bits.bitwise_xor_(keys_R2[:, 1:]))
-    uniform = _shift_right(bits, 1).to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    uniform = _shift_right(bits, 1).to(torch.float64).add_(0.5).mul_(2.0**-31)
+    return uniform.neg_().log1p_().neg_().log_().neg_().to(torch.float32)
 
 
 def _mix(x: Tensor) -> Tensor:
