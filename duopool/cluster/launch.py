@@ -118,6 +118,7 @@ def _end_log_monitor() -> None:
         with contextlib.suppress(psutil.Error):
             if any(argument.endswith(_LOG_MONITOR) for argument in process.cmdline()):
                 process.kill()
+                process.wait(timeout=5.0)  # else it stays as a zombie
 
 
 def _join(address: str) -> RayCluster:

@@ -49,6 +49,7 @@ from duopool.core.messages import (
 from duopool.core.step import Runner, StepPlan, StepResult
 from duopool.core.types import BlockId, LeaseId, RequestId
 from duopool.core.worker import Addressed, SessionId
+from duopool.decode_worker import listing
 from duopool.decode_worker.batch import Batch
 from duopool.decode_worker.decode_request import DecodePhase, DecodeRequest, table_name
 from duopool.decode_worker.departures import Departures
@@ -299,29 +300,15 @@ class DecodeWorker:
             return
         if request.slot is None or request.attempt != message.attempt:
             return
-        if not self._can_be(message, request):
-            self._nack(request, NackReason.INTERNAL, "a block or a token that cannot be")
-            return
-        num_listed = message.first_block + len(message.blocks)
         num_wanted = self._manager.blocks_for(len(request.request.token_ids) + len(message.output))
-        is_last, is_moving = message.first_token is not None, request.slot.is_moving
-        if (num_listed > num_wanted and not (is_moving and not is_last)) or (is_last and num_listed != num_wanted):
-            self._nack(request, NackReason.TRANSFER_FAILED, f"{num_listed} blocks for a prefix of {num_wanted}")
-        elif is_moving and not self._make_room(request, num_listed):
+        num_listed = message.first_block + len(message.blocks)
+        refused = listing.refusal(message, request, model=self._model, num_wanted=num_wanted)
+        if refused is not None:
+            self._nack(request, refused.reason, refused.detail)
+        elif request.slot.is_moving and not self._make_room(request, num_listed):
             self._nack(request, NackReason.BUSY, f"no room for the {num_listed} blocks that the request has grown to")
         else:
             self._do(request, self._handoffs.advance(request, slots.Listed(message, self._table(request))))
-
-    def _can_be(self, message: BlocksReady, request: DecodeRequest) -> bool:
-        """Whether blocks and tokens are such as a worker lists for this request."""
-        if message.first_token is None:
-            firsts: tuple[Tokens, ...] = ()
-        else:
-            firsts = message.first_tokens if request.request.choices else (message.first_token,)
-            if len(firsts) != request.num_sequences or any(len(first.token_ids) != 1 for first in firsts):
-                return False
-        told = (*message.output, *(token_id for first in firsts for token_id in first.token_ids))
-        return message.first_block >= 0 and self._model.knows(told)
 
     def _migrate(self, command: Migrate, session: SessionId, *, now: float) -> None:
         request = self._requests.get(command.request_id)

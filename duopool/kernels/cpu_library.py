@@ -19,7 +19,7 @@ import torch  # loads the OpenMP runtime that the library's own symbols are reso
 
 log = logging.getLogger(__name__)
 
-ABI = 4
+ABI = 5
 
 
 class Isa(IntEnum):
@@ -37,10 +37,6 @@ class CpuLibrary:
 
     calls: ctypes.CDLL
     isa: Isa
-    has_crc32: bool
-    has_sampling: bool
-    has_copy_pages: bool
-    """A library that was built before there were these has all the rest."""
     torch_has_bfloat16_tiles: bool
     """The processor has matrix tiles for bfloat16 (AMX), and torch makes use of them."""
 
@@ -88,30 +84,27 @@ def _declare(calls: ctypes.CDLL) -> None:
     calls.duopool_decoder_stack.restype = flag
     calls.duopool_copy_blocks.argtypes = [pointer, number, number, number, pointer, pointer, number, flag]
     calls.duopool_copy_blocks.restype = flag
-    if hasattr(calls, "duopool_sample_tokens"):
-        calls.duopool_sample_tokens.argtypes = [
-            *(flag, pointer, number, number, number),
-            *(ctypes.c_char_p, pointer, pointer, flag),
-        ]
-        calls.duopool_sample_tokens.restype = None
-        calls.duopool_contenders.argtypes = [
-            *(flag, pointer, number, number, number, pointer, pointer),
-            *(number, pointer, pointer, flag),
-        ]
-        calls.duopool_contenders.restype = None
-        calls.duopool_best_tokens.argtypes = [flag, pointer, number, number, number, pointer, pointer, flag]
-        calls.duopool_best_tokens.restype = None
-        calls.duopool_top_candidates.argtypes = [
-            *(flag, pointer, number, number, number, pointer, pointer, pointer),
-            *(number, pointer, pointer, pointer, pointer, flag),
-        ]
-        calls.duopool_top_candidates.restype = None
-    if hasattr(calls, "duopool_crc32"):
-        calls.duopool_crc32.argtypes = [pointer, number]
-        calls.duopool_crc32.restype = ctypes.c_uint32
-    if hasattr(calls, "duopool_copy_pages"):
-        calls.duopool_copy_pages.argtypes = [pointer, pointer, number, pointer, pointer, number, pointer]
-        calls.duopool_copy_pages.restype = None
+    calls.duopool_sample_tokens.argtypes = [
+        *(flag, pointer, number, number, number),
+        *(ctypes.c_char_p, pointer, pointer, flag),
+    ]
+    calls.duopool_sample_tokens.restype = None
+    calls.duopool_contenders.argtypes = [
+        *(flag, pointer, number, number, number, pointer, pointer),
+        *(number, pointer, pointer, flag),
+    ]
+    calls.duopool_contenders.restype = None
+    calls.duopool_best_tokens.argtypes = [flag, pointer, number, number, number, pointer, pointer, flag]
+    calls.duopool_best_tokens.restype = None
+    calls.duopool_top_candidates.argtypes = [
+        *(flag, pointer, number, number, number, pointer, pointer, pointer),
+        *(number, pointer, pointer, pointer, pointer, flag),
+    ]
+    calls.duopool_top_candidates.restype = None
+    calls.duopool_crc32.argtypes = [pointer, number]
+    calls.duopool_crc32.restype = ctypes.c_uint32
+    calls.duopool_copy_pages.argtypes = [pointer, pointer, number, pointer, pointer, number, pointer]
+    calls.duopool_copy_pages.restype = None
 
 
 @functools.cache
@@ -135,9 +128,6 @@ def library() -> CpuLibrary | None:
     return CpuLibrary(
         calls=calls,
         isa=isa,
-        has_crc32=hasattr(calls, "duopool_crc32"),
-        has_sampling=hasattr(calls, "duopool_sample_tokens"),
-        has_copy_pages=hasattr(calls, "duopool_copy_pages"),
         torch_has_bfloat16_tiles=bool(calls.duopool_has_bfloat16_tiles()),
     )
 

@@ -274,7 +274,7 @@ def sample_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Drawn:
     (`sample_tokens/noise.py`), which is a draw from the softmax. A row's token does not depend on its neighbours.
     """
     cpu = library() if logits_RV.is_cpu else None
-    if cpu is None or not cpu.has_sampling:
+    if cpu is None:
         return sample_tokens_reference.sample_tokens(logits_RV, draws)
     return sample_tokens_cpu.sample_tokens(cpu, logits_RV, draws)
 
@@ -282,7 +282,7 @@ def sample_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Drawn:
 def crc32(data: bytes | memoryview) -> int:
     """CRC-32 of contiguous bytes: `zlib.crc32(data)`, ten times as fast where the processor multiplies polynomials."""
     cpu = library()
-    return zlib.crc32(data) if cpu is None or not cpu.has_crc32 else crc32_cpu.crc32(cpu, data)
+    return zlib.crc32(data) if cpu is None else crc32_cpu.crc32(cpu, data)
 
 
 def copy_pages(
@@ -294,5 +294,5 @@ def copy_pages(
     checked: the caller knows that the pages are there, and that they stay. Python's lock is free meanwhile.
     """
     cpu = library()
-    copy = crc32_reference.copy_pages if cpu is None or not cpu.has_copy_pages else partial(crc32_cpu.copy_pages, cpu)
+    copy = crc32_reference.copy_pages if cpu is None else partial(crc32_cpu.copy_pages, cpu)
     return copy(source_address, sources, target_address, targets, page_bytes=page_bytes)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from calls import Load, complete, greedy_request, has_workers, is_at_rest, scale, state, wait_for
 from moving_streams import make_round, requests_of, scale_decode
@@ -72,6 +73,10 @@ def test_all_at_once_cold_and_then_from_cached_prefixes(system: System, referenc
         if len(prompt) <= HandoffConfig().local_prefill_max_tokens:
             wanted.add(0)
         assert record.finished.usage.cached_tokens in wanted
+
+
+def test_a_running_system_keeps_no_dead_processes(system: System) -> None:
+    assert [one for one in psutil.Process().children(recursive=True) if one.status() == psutil.STATUS_ZOMBIE] == []
 
 
 def test_pages_travel_as_was_asked(system: System, reference: Reference) -> None:

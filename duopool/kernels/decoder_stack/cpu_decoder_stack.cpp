@@ -44,8 +44,7 @@ AttentionCall attention_of(const StackModel& model, const StackCall& call, const
     attention.key_head_stride = attention.value_head_stride = call.head_stride;
     attention.key_slot_stride = attention.value_slot_stride = call.slot_stride;
     attention.block_tables = call.block_tables;
-    attention.block_table_stride = call.block_table_stride;
-    attention.blocks_per_request = call.blocks_per_request;
+    attention.block_table_stride = attention.blocks_per_request = call.blocks_per_request;
     attention.query_starts = call.query_starts;
     attention.kv_lengths = call.kv_lengths;
     attention.num_tokens = call.num_tokens;

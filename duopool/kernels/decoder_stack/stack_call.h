@@ -41,7 +41,7 @@ struct StackCall {
     int64_t num_blocks, block_size;
     const int64_t *token_ids, *positions, *slots;  // [T]
     const int32_t* block_tables;                   // [B, M]
-    int64_t block_table_stride, blocks_per_request;
+    int64_t blocks_per_request;                    // M
     const int32_t* query_starts;  // [B + 1]
     const int32_t* kv_lengths;    // [B]
     const int64_t* logits_rows;   // [R], tokens
