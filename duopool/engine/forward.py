@@ -22,7 +22,8 @@ def forward(
 ) -> tuple[Tensor, Drawn]:
     """Logits float32 [R, V] of tokens `logits_rows` (int64 [R]); the step's keys and values go to their slots.
 
-    With `draws`, one for each row, the rows' tokens are drawn as well.
+    With `draws`, one for each row, the rows' tokens are drawn as well. The logits may be overwritten when the module
+    runs again.
     """
     if isinstance(module, FusedModel):
         return module.run(batch, store, logits_rows, draws)

@@ -138,7 +138,7 @@ def _paged_logits(model: LoadedModel, layout: KVLayout, prompts: list[list[int]]
         logits, _ = forward(model.module, inputs, store, every)
         parts = torch.split(logits, [len(chunk.token_ids) for chunk in chunks])
         for row, part_logits in zip(rows, parts, strict=True):
-            found[row].append(part_logits)
+            found[row].append(part_logits.clone())
     return [torch.cat(parts) for parts in found]
 
 

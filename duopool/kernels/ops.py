@@ -249,13 +249,14 @@ def decoder_stack(
     batch: RaggedBatch,
     logits_rows: array[int],
     draws: Sequence[Draw] = (),
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Drawn]:
     """One step of a decoder of the Llama shape in one call: logits, float32 [R, vocabulary], of tokens `logits_rows`.
 
     `caches` are keys and values [N, G, S, D] per layer, all with the strides of the first; the step's own go to their
     slots before its attention. Rows are int64. With `draws`, one for each row, the rows' tokens are drawn as by
     `sample_tokens`. The residual stream is float32; factors of products, queries and pages have the weights' dtype.
-    Raises ValueError when something does not fit.
+    Logits go to `out` if there is one. Raises ValueError when something does not fit.
     """
     first = caches[0][0]
     if len(caches) != stack.num_layers or first.dtype != stack.dtype or first.stride(3) != 1:
@@ -263,7 +264,11 @@ def decoder_stack(
     batch.check()
     if logits_rows.typecode != "q" or (draws and len(draws) != len(logits_rows)):
         raise ValueError(f"rows of logits must be int64, with a draw for each or none; got {len(draws)} draws")
-    return stack_cpu.decoder_stack(stack, caches, batch, logits_rows, draws)
+    if out is not None:
+        wanted = (len(logits_rows), stack.vocab_size)
+        if out.shape != wanted or out.dtype != torch.float32 or not out.is_contiguous():
+            raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, not contiguous {wanted} float32")
+    return stack_cpu.decoder_stack(stack, caches, batch, logits_rows, draws, out)
 
 
 def sample_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Drawn:

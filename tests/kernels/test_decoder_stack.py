@@ -268,6 +268,13 @@ def test_tokens_are_drawn_as_from_the_logits_alone(isa: Isa) -> None:
     without, nothing = cpu.decoder_stack(stack, copied(caches), *arguments(batch))
     assert torch.equal(without, logits)
     assert nothing == Drawn([], [])
+    room = torch.empty_like(logits)
+    again, _ = ops.decoder_stack(stack, copied(caches), *arguments(batch), draws, room)
+    assert again is room
+    assert torch.equal(room, logits)
+    for wrong in (room[:3], room.t().contiguous().t(), room.double()):
+        with pytest.raises(ValueError, match="out is"):
+            ops.decoder_stack(stack, caches, *arguments(batch), draws, wrong)
     with pytest.raises(ValueError, match="3 draws"):
         ops.decoder_stack(stack, caches, *arguments(batch), draws[:3])
 

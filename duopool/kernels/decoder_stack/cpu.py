@@ -206,11 +206,12 @@ def decoder_stack(
     batch: RaggedBatch,
     logits_rows: array[int],
     draws: Sequence[Draw] = (),
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Drawn]:
     """See `duopool.kernels.ops.decoder_stack`; raises ValueError before anything is written."""
     num_requests, num_rows = len(batch.kv_lengths), len(logits_rows)
     blocks_per_request = len(batch.block_tables) // max(1, num_requests)
-    logits = torch.empty(num_rows, stack.vocab_size)
+    logits = torch.empty(num_rows, stack.vocab_size) if out is None else out
     token_ids, best = array("q", bytes(8 * len(draws))), array("f", bytes(4 * len(draws)))
     call = _Call(
         *stack.pages(caches),
