@@ -37,8 +37,12 @@ def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], masks: GrammarMasks |
         return as_sampled(ops.sample_tokens(logits_RV, draws), logits_RV, specs) if draws else []
     # Rules may make logits infinite on purpose, so rows are looked at before; the largest of one with a NaN is NaN.
     best = logits_RV.amax(dim=1)
-    changed = logits_RV.masked_fill(~best.isfinite().unsqueeze(1), 0.0)
-    changed[ruled] = apply_rules(changed[ruled], [specs[row] for row in ruled], masks)
+    changed = logits_RV.clone()
+    for row, most in enumerate(best.tolist()):
+        if not isfinite(most):
+            changed[row] = 0.0
+    for row in ruled:
+        apply_rules(changed[row : row + 1], [specs[row]], masks)
     drawn = ops.sample_tokens(changed, draws)
     return as_sampled(Drawn(drawn.token_ids, best.tolist()), logits_RV, specs)
 
