@@ -17,7 +17,9 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Any, cast
 
+# As workers have them.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from duopool.core.config import CacheConfig, ModelConfig, WorkerConfig
 from duopool.core.kv_manager import KVCacheManager
