@@ -206,6 +206,11 @@ class BlocksReady(Message, frozen=True, kw_only=True):
     prefill_s: Seconds = 0.0
     num_cached_tokens: Count = 0
 
+    @property
+    def num_listed(self) -> int:
+        """Blocks that are listed with these, from block 0."""
+        return self.first_block + len(self.blocks)
+
 
 class Copied(Message, frozen=True, kw_only=True):
     """From the D that takes a migrating request over, forwarded to the one that runs it: what was listed is read."""

@@ -75,8 +75,7 @@ class Batch:
 
     def _take(self, request: DecodeRequest, chunk: Chunk, result: StepResult) -> bool:
         """True if the request got its last token, or can get none."""
-        sampled = result.tokens.get(request.table, ())
-        if any(one.token_id == NO_TOKEN for one in sampled):
+        if any(sampled.token_id == NO_TOKEN for sampled in result.tokens.get(request.table, ())):
             if request.phase is DecodePhase.ENDED:
                 return False
             reason = NackReason.INTERNAL
@@ -87,7 +86,7 @@ class Batch:
         if request.phase is DecodePhase.ENDED:
             return False
         request.prompt_logprobs += result.prompt_logprobs.get(request.table, ())
-        return bool(sampled) and self._emit(request, sampled)
+        return bool(chunk.samples) and self._emit(request, result.tokens[request.table])
 
     def _emit(self, request: DecodeRequest, sampled: Sequence[SampledToken]) -> bool:
         made = next_tokens(

@@ -15,7 +15,7 @@ def refusal(message: BlocksReady, request: DecodeRequest, *, model: ServedModel,
     """
     if not _can_be(message, request, model):
         return Refusal(NackReason.INTERNAL, "a block or a token that cannot be")
-    num_listed = message.first_block + len(message.blocks)
+    num_listed = message.num_listed
     is_last = message.first_token is not None
     may_grow = request.slot is not None and request.slot.is_moving and not is_last
     if (num_listed > num_wanted and not may_grow) or (is_last and num_listed != num_wanted):

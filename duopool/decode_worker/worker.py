@@ -301,12 +301,12 @@ class DecodeWorker:
         if request.slot is None or request.attempt != message.attempt:
             return
         num_wanted = self._manager.blocks_for(len(request.request.token_ids) + len(message.output))
-        num_listed = message.first_block + len(message.blocks)
         refused = listing.refusal(message, request, model=self._model, num_wanted=num_wanted)
         if refused is not None:
             self._nack(request, refused.reason, refused.detail)
-        elif request.slot.is_moving and not self._make_room(request, num_listed):
-            self._nack(request, NackReason.BUSY, f"no room for the {num_listed} blocks that the request has grown to")
+        elif request.slot.is_moving and not self._make_room(request, message.num_listed):
+            detail = f"no room for the {message.num_listed} blocks that the request has grown to"
+            self._nack(request, NackReason.BUSY, detail)
         else:
             self._do(request, self._handoffs.advance(request, slots.Listed(message, self._table(request))))
 

@@ -277,7 +277,10 @@ def sample_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Drawn:
     Greedy rows take the first of the best. The others divide by the temperature, drop what min-p, then top-k, then
     top-p excludes (equal logits stay or go together), and take the best of logit plus Gumbel noise
     (`sample_tokens/noise.py`), which is a draw from the softmax. A row's token does not depend on its neighbours.
+    Raises ValueError unless the logits are float32 with a draw for each row.
     """
+    if logits_RV.dtype != torch.float32 or len(draws) != len(logits_RV):
+        raise ValueError(f"{len(logits_RV)} rows of {logits_RV.dtype} logits, {len(draws)} draws; float32, one each")
     cpu = library() if logits_RV.is_cpu else None
     if cpu is None:
         return sample_tokens_reference.sample_tokens(logits_RV, draws)

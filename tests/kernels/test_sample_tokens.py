@@ -99,3 +99,13 @@ def test_rows_may_lie_apart() -> None:
     draws = [Draw(0.7, 0.9, 0.0, 0, seed, 0) for seed in range(5)]
     for logits in (apart, apart.t().contiguous().t()):
         assert cpu.sample_tokens(compiled(ISAS[-1]), logits, draws) == reference.sample_tokens(logits, draws)
+
+
+def test_logits_of_another_type_and_rows_without_a_draw_are_refused() -> None:
+    """The kernel would read memory that is not theirs."""
+    logits, draws = torch.zeros(2, 50), [Draw(0.0, 1.0, 0.0, 0, seed, 0) for seed in range(3)]
+    with pytest.raises(ValueError, match=r"2 rows of torch\.bfloat16"):
+        ops.sample_tokens(logits.bfloat16(), draws[:2])
+    for wrong in (draws[:1], draws):
+        with pytest.raises(ValueError, match=f"2 rows .* {len(wrong)} draws"):
+            ops.sample_tokens(logits, wrong)

@@ -259,7 +259,7 @@ class FakeWorker:
                     for output, token in zip(request.outputs, command.first_tokens or (first,), strict=True):
                         self._run(output, self._join(output, attempt, command.output, token))
                 elif request is not None and request_id in self._moving_here:
-                    num_blocks = command.first_block + len(command.blocks)
+                    num_blocks = command.num_listed
                     self.say(Copied(request_id=request_id, attempt=attempt, num_blocks=num_blocks))
             case Migrate(request_id=request_id, to_attempt=to_attempt):
                 self.say(self._listing(request_id, to_attempt, None))

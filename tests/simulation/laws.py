@@ -247,7 +247,7 @@ class WatchedWorker:
         if ask is None or not self._laws.has_digests:
             return
         pages = expected_pages(ask.prompt + expected_output(ask.prompt, ask.of_choice(seed % SEEDS_APART))[0])
-        last = event.first_block + len(event.blocks) - (event.first_token is not None)  # the last one may be half full
+        last = event.num_listed - (event.first_token is not None)  # the last one may be half full
         for index, block in enumerate(event.blocks, event.first_block):
             if index < min(last, len(pages)) and zlib.crc32(pages[index]) != block.digest:
                 self._breach(
