@@ -30,7 +30,7 @@ _LOG_MONITOR = "log_monitor.py"
 _SOCKET_ROOM = 30
 """Ray appends some 75 characters to its folder for unix sockets, whose paths end at 107."""
 
-# Ray reads these at import or at start.
+# Ray and gRPC read these at import or at start.
 _LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -38,6 +38,9 @@ _LOCAL_ENVIRONMENT = {
     # A dead worker's last answer is nobody's business; the supervisor says what happened.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray forks its processes. What gRPC would do in a child crashes there while other threads call, and a signal
+    # handler's alarm then ends the started process three seconds later.
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
 }
 
 
