@@ -91,6 +91,8 @@ def bench_sampling() -> None:
     logits[:, :200] += torch.randn(32, 200).abs() * 6
     for name, params in {
         "greedy": SamplingParams(temperature=0),
+        "greedy, 5 log-probabilities": SamplingParams(temperature=0, logprobs=5),
+        "greedy, repetition penalty": SamplingParams(temperature=0, repetition_penalty=1.1),
         "temperature 0.8": SamplingParams(temperature=0.8, seed=1),
         "temperature 0.8, top-p 0.95": SamplingParams(temperature=0.8, top_p=0.95, seed=1),
         "temperature 0.8, top-k 50": SamplingParams(temperature=0.8, top_k=50, seed=1),

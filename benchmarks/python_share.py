@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from threading import Thread
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ from duopool.kernels.cpu_library import library
 from duopool.proto import codec
 
 SESSION = SessionId(1)
-STEP_CALLS = ("duopool_decoder_stack", "duopool_sample_tokens")
+STEP_CALLS = ("duopool_decoder_stack", "duopool_sample_tokens", "duopool_token_logprobs")
 
 
 class NativeTime:
@@ -139,9 +140,12 @@ def run(arguments: argparse.Namespace) -> None:
     worker = make_worker(arguments)
     worker.open_session(SESSION, now=time.monotonic())
     max_tokens = arguments.steps + 32
+    greedy = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
     for name, params in (
-        ("greedy", SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)),
-        ("sampled", SamplingParams(max_tokens=max_tokens, temperature=0.8, top_p=0.95, seed=1, ignore_eos=True)),
+        ("greedy", greedy),
+        ("sampled", replace(greedy, temperature=0.8, top_p=0.95, seed=1)),
+        ("logprobs", replace(greedy, logprobs=5)),
+        ("penalty", replace(greedy, repetition_penalty=1.1)),
     ):
         start_streams(worker, arguments, params, name)
         print(f"batch {arguments.batch}, context {arguments.context}, {name:8s}: ", end="")

@@ -25,7 +25,7 @@ class ForwardBatch:
     """The row of the logits that each sample is drawn from; choices of one carrier share theirs."""
     specs: list[SampleSpec]
     """How each sample is drawn, in the order of the chunks."""
-    scored: list[tuple[slice, Chunk]]
+    scored: list[tuple[range, Chunk]]
     """(rows of the logits, chunk) for each chunk that wants prompt log-probabilities."""
 
     @property
@@ -83,15 +83,15 @@ def _block_tables(chunks: Sequence[Chunk], kv_lengths: Sequence[int], block_size
 
 def _logits_rows(
     chunks: Sequence[Chunk], starts: Sequence[int]
-) -> tuple[list[int], list[int], list[tuple[slice, Chunk]]]:
+) -> tuple[list[int], list[int], list[tuple[range, Chunk]]]:
     """A sampling chunk needs its last row; one that scores its prompt needs each row that has a successor."""
     rows: list[int] = []
     drawn: list[int] = []
-    scored: list[tuple[slice, Chunk]] = []
+    scored: list[tuple[range, Chunk]] = []
     for chunk, first, end in zip(chunks, starts, starts[1:], strict=False):
         if chunk.prompt_logprobs is not None:
             count = end - first - (chunk.next_token_id is None)
-            scored.append((slice(len(rows), len(rows) + count), chunk))
+            scored.append((range(len(rows), len(rows) + count), chunk))
             rows.extend(range(first, first + count))
         if chunk.samples:
             if not rows or rows[-1] != end - 1:

@@ -25,7 +25,7 @@ from duopool.engine.kv_sizing import Room, device_room, host_room, size_pool
 from duopool.engine.kv_store import KVStore
 from duopool.engine.model_loader import LoadedModel
 from duopool.engine.model_source import Progress
-from duopool.engine.sampler import as_sampled, plain_draws, sample
+from duopool.engine.sampler import as_sampled, draws_of, sample
 from duopool.engine.token_logprobs import token_logprobs
 from duopool.kernels import ops
 from duopool.kernels.sample_tokens.draw import Draw, Drawn
@@ -112,7 +112,7 @@ class ModelRunner:
         if plan.is_empty:
             return StepResult()
         batch = build_forward_batch(plan, self.store.layout.block_size)
-        draws = plain_draws(batch.specs) if batch.has_a_sample_per_row else []
+        draws = draws_of(batch.specs, self._masks) if batch.has_a_sample_per_row else []
         logits_RV, drawn = self._forward(batch, draws)
         if draws:
             sampled = as_sampled(drawn, logits_RV, batch.specs)
@@ -120,7 +120,7 @@ class ModelRunner:
             sampled = sample(logits_RV[batch.drawn_rows], batch.specs, self._masks)
         return StepResult(
             tokens=_tokens(plan.chunks, sampled),
-            prompt_logprobs={chunk.request_id: _score(logits_RV[where], chunk) for where, chunk in batch.scored},
+            prompt_logprobs={chunk.request_id: _score(logits_RV, where, chunk) for where, chunk in batch.scored},
         )
 
     def warm_up(self) -> None:
@@ -169,12 +169,12 @@ def _tokens(chunks: Sequence[Chunk], sampled: Sequence[SampledToken]) -> dict[Re
     return tokens
 
 
-def _score(logits_RV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:
+def _score(logits_RV: Tensor, rows: range, chunk: Chunk) -> tuple[TokenLogprob, ...]:
     """Each row predicts the token behind it: the chunk's own from the second on, then the next chunk's first."""
     targets = list(chunk.token_ids[1:])
     if chunk.next_token_id is not None:
         targets.append(chunk.next_token_id)
-    return tuple(token_logprobs(logits_RV, targets, chunk.prompt_logprobs or 0))
+    return tuple(token_logprobs(logits_RV, rows, targets, chunk.prompt_logprobs or 0))
 
 
 def _room(cache: CacheConfig, device: torch.device) -> Room:

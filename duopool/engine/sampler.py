@@ -15,36 +15,33 @@ from torch import Tensor
 from duopool.core.step import NO_TOKEN, SampledToken, SampleSpec
 from duopool.core.types import TokenLogprob
 from duopool.engine.grammar import GrammarMasks
-from duopool.engine.logit_rules import apply_rules, needs_rules
+from duopool.engine.logit_rules import rules_of
 from duopool.engine.token_logprobs import token_logprobs
 from duopool.kernels import ops
 from duopool.kernels.sample_tokens.draw import Draw, Drawn
 
 
-def plain_draws(specs: Sequence[SampleSpec]) -> list[Draw]:
-    """How each row is drawn if no row's logits are changed before; else nothing, and `sample` is to be asked."""
-    return [] if any(needs_rules(spec) for spec in specs) else [_draw_of(spec) for spec in specs]
+def draws_of(specs: Sequence[SampleSpec], masks: GrammarMasks | None = None) -> list[Draw]:
+    """How each row's token is drawn; `masks` are needed for rows with a grammar."""
+    return [
+        Draw(
+            spec.params.temperature,
+            spec.params.top_p,
+            spec.params.min_p,
+            spec.params.top_k,
+            spec.params.seed,
+            len(spec.output_token_ids),
+            rules_of(spec, masks),
+        )
+        for spec in specs
+    ]
 
 
 def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], masks: GrammarMasks | None = None) -> list[SampledToken]:
-    """One token per row of float32 logits, with its log-probability where the parameters ask for it.
-
-    `masks` are needed for rows with a grammar.
-    """
-    draws = [_draw_of(spec) for spec in specs]
-    ruled = [row for row, spec in enumerate(specs) if needs_rules(spec)]
-    if not ruled:
-        return as_sampled(ops.sample_tokens(logits_RV, draws), logits_RV, specs) if draws else []
-    # Rules may make logits infinite on purpose, so rows are looked at before; the largest of one with a NaN is NaN.
-    best = logits_RV.amax(dim=1)
-    changed = logits_RV.clone()
-    for row, most in enumerate(best.tolist()):
-        if not isfinite(most):
-            changed[row] = 0.0
-    for row in ruled:
-        apply_rules(changed[row : row + 1], [specs[row]], masks)
-    drawn = ops.sample_tokens(changed, draws)
-    return as_sampled(Drawn(drawn.token_ids, best.tolist()), logits_RV, specs)
+    """One token per row of float32 logits, with its log-probability where the parameters ask for it."""
+    if not specs:
+        return []
+    return as_sampled(ops.sample_tokens(logits_RV, draws_of(specs, masks)), logits_RV, specs)
 
 
 def as_sampled(drawn: Drawn, logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[SampledToken]:
@@ -56,11 +53,6 @@ def as_sampled(drawn: Drawn, logits_RV: Tensor, specs: Sequence[SampleSpec]) -> 
     return [SampledToken(token_id=token_id, logprob=logprobs.get(row)) for row, token_id in enumerate(token_ids)]
 
 
-def _draw_of(spec: SampleSpec) -> Draw:
-    params = spec.params
-    return Draw(params.temperature, params.top_p, params.min_p, params.top_k, params.seed, len(spec.output_token_ids))
-
-
 def _logprobs(logits_RV: Tensor, specs: Sequence[SampleSpec], token_ids: Sequence[int]) -> dict[int, TokenLogprob]:
     """By row, for those that ask for it and got a token."""
     counts: dict[int, int] = {}
@@ -69,7 +61,7 @@ def _logprobs(logits_RV: Tensor, specs: Sequence[SampleSpec], token_ids: Sequenc
             counts[row] = spec.params.logprobs
     if not counts:
         return {}
-    found = token_logprobs(logits_RV[list(counts)], [token_ids[row] for row in counts], max(counts.values()))
+    found = token_logprobs(logits_RV, list(counts), [token_ids[row] for row in counts], max(counts.values()))
     return {
         row: TokenLogprob(each.token_id, each.logprob, each.rank, each.top[:count])
         for (row, count), each in zip(counts.items(), found, strict=True)

@@ -7,7 +7,7 @@
 #endif
 
 // Changes with every change of a function's arguments; cpu_library.py refuses a library with another number.
-DUOPOOL_EXPORT int32_t duopool_abi() { return 5; }
+DUOPOOL_EXPORT int32_t duopool_abi() { return 6; }
 
 // The widest instruction set of every_isa.h that may run here.
 DUOPOOL_EXPORT int32_t duopool_best_isa() {

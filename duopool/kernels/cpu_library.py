@@ -19,7 +19,7 @@ import torch  # loads the OpenMP runtime that the library's own symbols are reso
 
 log = logging.getLogger(__name__)
 
-ABI = 5
+ABI = 6
 
 
 class Isa(IntEnum):
@@ -86,16 +86,19 @@ def _declare(calls: ctypes.CDLL) -> None:
     calls.duopool_copy_blocks.restype = flag
     calls.duopool_sample_tokens.argtypes = [
         *(flag, pointer, number, number, number),
-        *(ctypes.c_char_p, pointer, pointer, flag),
+        *(ctypes.c_char_p, ctypes.c_char_p, pointer, pointer, flag),
     ]
     calls.duopool_sample_tokens.restype = None
+    calls.duopool_token_logprobs.argtypes = [
+        *(flag, pointer, number, number, number, pointer, pointer),
+        *(number, pointer, pointer, pointer, pointer, flag),
+    ]
+    calls.duopool_token_logprobs.restype = None
     calls.duopool_contenders.argtypes = [
         *(flag, pointer, number, number, number, pointer, pointer),
         *(number, pointer, pointer, flag),
     ]
     calls.duopool_contenders.restype = None
-    calls.duopool_best_tokens.argtypes = [flag, pointer, number, number, number, pointer, pointer, flag]
-    calls.duopool_best_tokens.restype = None
     calls.duopool_top_candidates.argtypes = [
         *(flag, pointer, number, number, number, pointer, pointer, pointer),
         *(number, pointer, pointer, pointer, pointer, flag),

@@ -33,6 +33,9 @@ from duopool.kernels.ragged_batch import RaggedBatch
 from duopool.kernels.sample_tokens import cpu as sample_tokens_cpu
 from duopool.kernels.sample_tokens import reference as sample_tokens_reference
 from duopool.kernels.sample_tokens.draw import Draw, Drawn
+from duopool.kernels.token_logprobs import cpu as token_logprobs_cpu
+from duopool.kernels.token_logprobs import reference as token_logprobs_reference
+from duopool.kernels.token_logprobs.found import FoundLogprobs
 from duopool.kernels.write_kv import cpu as write_kv_cpu
 from duopool.kernels.write_kv import reference as write_kv_reference
 
@@ -49,6 +52,7 @@ __all__ = [
     "pack_weight",
     "paged_attention",
     "sample_tokens",
+    "token_logprobs",
     "write_kv",
 ]
 
@@ -274,9 +278,10 @@ def decoder_stack(
 def sample_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Drawn:
     """The next token of each row of float32 logits, drawn as `draws` says, and the row's largest logit.
 
-    Greedy rows take the first of the best. The others divide by the temperature, drop what min-p, then top-k, then
-    top-p excludes (equal logits stay or go together), and take the best of logit plus Gumbel noise
-    (`sample_tokens/noise.py`), which is a draw from the softmax. A row's token does not depend on its neighbours.
+    A draw's rules change a copy of the row first. Greedy rows take the first of the best. The others divide by the
+    temperature, drop what min-p, then top-k, then top-p excludes (equal logits stay or go together), and take the best
+    of logit plus Gumbel noise (`sample_tokens/noise.py`), which is a draw from the softmax. A row's token does not
+    depend on its neighbours.
     Raises ValueError unless the logits are float32 with a draw for each row.
     """
     if logits_RV.dtype != torch.float32 or len(draws) != len(logits_RV):
@@ -285,6 +290,25 @@ def sample_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Drawn:
     if cpu is None:
         return sample_tokens_reference.sample_tokens(logits_RV, draws)
     return sample_tokens_cpu.sample_tokens(cpu, logits_RV, draws)
+
+
+def token_logprobs(logits_RV: Tensor, rows: Sequence[int], token_ids: Sequence[int], num_top: int) -> FoundLogprobs:
+    """How likely token `token_ids[i]` is by row `rows[i]` of float32 logits, and the row's `num_top` likeliest tokens.
+
+    Log-probabilities are those of the softmax; equal logits are listed in their order, a rank counts larger ones.
+    Raises ValueError when a row, a token or `num_top` is not one of these logits.
+    """
+    count, size = logits_RV.shape
+    if logits_RV.dtype != torch.float32 or len(rows) != len(token_ids) or not 0 <= num_top <= size:
+        raise ValueError(f"{logits_RV.dtype} {count, size}: {len(rows)} rows, {len(token_ids)} tokens, top {num_top}")
+    if not rows:
+        return FoundLogprobs([], [], [], [])
+    if not (0 <= min(rows) <= max(rows) < count and 0 <= min(token_ids) <= max(token_ids) < size):
+        raise ValueError(f"rows {list(rows)} and tokens {list(token_ids)} are not all within logits {count, size}")
+    cpu = library() if logits_RV.is_cpu else None
+    if cpu is None:
+        return token_logprobs_reference.token_logprobs(logits_RV, rows, token_ids, num_top)
+    return token_logprobs_cpu.token_logprobs(cpu, logits_RV, rows, token_ids, num_top)
 
 
 def crc32(data: bytes | memoryview) -> int:

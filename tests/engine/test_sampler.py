@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from duopool.core.sampling_params import SamplingParams
 from duopool.core.step import NO_TOKEN, SampledToken, SampleSpec
-from duopool.engine.logit_rules import apply_rules
+from duopool.engine.logit_rules import rules_of
 from duopool.engine.sampler import sample
 from duopool.kernels.sample_tokens.noise import gumbel_noise, noise_keys
 from duopool.kernels.sample_tokens.reference import MOST_LISTED
+from duopool.kernels.sample_tokens.rules_reference import apply_rules
 
 VOCAB = 50
 
@@ -219,9 +220,17 @@ def test_rules_match_a_plain_reference() -> None:
         expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
     for token in set(output):
         expected[token] -= 0.5 + 0.25 * output.count(token)
-    torch.testing.assert_close(apply_rules(logits.clone(), [spec])[0], torch.tensor(expected))
+    torch.testing.assert_close(ruled(logits[0], spec), torch.tensor(expected))
     late = msgspec.structs.replace(spec, output_token_ids=[3] * 5)
-    assert torch.isfinite(apply_rules(logits.clone(), [late])).all()
+    assert torch.isfinite(ruled(logits[0], late)).all()
+
+
+def ruled(logits_V: torch.Tensor, spec: SampleSpec) -> torch.Tensor:
+    rules = rules_of(spec, None)
+    assert rules is not None
+    changed = logits_V.clone()
+    apply_rules(changed, rules)
+    return changed
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

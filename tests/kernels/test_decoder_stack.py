@@ -6,6 +6,7 @@ from array import array
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from compiled import ISAS, compiled, needs_library
@@ -22,6 +23,7 @@ from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, Stac
 from duopool.kernels.linear.reference import rounded_to
 from duopool.kernels.ragged_batch import RaggedBatch
 from duopool.kernels.sample_tokens.draw import Draw, Drawn
+from duopool.kernels.sample_tokens.rules import Rules
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 40
@@ -252,6 +254,19 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
         assert torch.equal(alone[0], together[row])
 
 
+RULES = Rules(
+    forbidden=array("q", [3]),
+    bias_tokens=array("q", [5]),
+    bias=array("f", [4.0]),
+    repetition_penalty=1.7,
+    seen=array("q", range(20)),
+    presence_penalty=0.3,
+    frequency_penalty=0.2,
+    output=array("q", [1, 1, 5]),
+    allowed=np.arange(77) % 3 != 0,
+)
+
+
 @needs_library
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name.lower())
 def test_tokens_are_drawn_as_from_the_logits_alone(isa: Isa) -> None:
@@ -262,7 +277,7 @@ def test_tokens_are_drawn_as_from_the_logits_alone(isa: Isa) -> None:
     stack = PackedStack(compiled(isa), weights)
     kinds = [(0.0, 1.0, 0.0, 0), (1.0, 1.0, 0.0, 0), (0.8, 0.7, 0.0, 0), (1.5, 1.0, 0.01, 9)]
     for seed in range(20):
-        draws = [Draw(*kind, seed, 3 * row) for row, kind in enumerate(kinds)]
+        draws = [Draw(*kind, seed, 3 * row, RULES if seed % 4 == row else None) for row, kind in enumerate(kinds)]
         logits, drawn = cpu.decoder_stack(stack, copied(caches), *arguments(batch), draws)
         assert drawn == ops.sample_tokens(logits, draws)
     without, nothing = cpu.decoder_stack(stack, copied(caches), *arguments(batch))
@@ -275,6 +290,9 @@ def test_tokens_are_drawn_as_from_the_logits_alone(isa: Isa) -> None:
     for wrong in (room[:3], room.t().contiguous().t(), room.double()):
         with pytest.raises(ValueError, match="out is"):
             ops.decoder_stack(stack, caches, *arguments(batch), draws, wrong)
+    narrow = RULES._replace(allowed=np.ones(76, dtype=np.bool_))
+    with pytest.raises(ValueError, match="vocabulary of 77"):
+        ops.decoder_stack(stack, caches, *arguments(batch), [draws[0]._replace(rules=narrow)] * 4)
     with pytest.raises(ValueError, match="3 draws"):
         ops.decoder_stack(stack, caches, *arguments(batch), draws[:3])
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from compiled import ISAS, compiled, needs_library
@@ -15,7 +18,43 @@ from duopool.kernels.cpu_library import Isa
 from duopool.kernels.sample_tokens import cpu, reference
 from duopool.kernels.sample_tokens.draw import Draw
 from duopool.kernels.sample_tokens.reference import MOST_LISTED
+from duopool.kernels.sample_tokens.rules import Rules
+from duopool.kernels.sample_tokens.rules_reference import apply_rules
 
+
+def rules_of(
+    forbidden: Sequence[int],
+    bias: Sequence[tuple[int, float]],
+    penalties: tuple[float, float, float],
+    seen: Sequence[int],
+    output: Sequence[int],
+    allowed: np.ndarray | None = None,
+) -> Rules:
+    repetition, presence, frequency = penalties
+    return Rules(
+        forbidden=array("q", forbidden),
+        bias_tokens=array("q", [token for token, _ in bias]),
+        bias=array("f", [value for _, value in bias]),
+        repetition_penalty=repetition,
+        seen=array("q", seen),
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        output=array("q", output),
+        allowed=allowed,
+    )
+
+
+TOKENS = st.integers(-3, 400)
+RULES = st.builds(
+    rules_of,
+    st.lists(TOKENS, max_size=5),
+    st.lists(st.tuples(TOKENS, st.sampled_from([-100.0, -2.5, 0.1, 60.0])), max_size=5),
+    st.tuples(
+        st.sampled_from([1.0, 1.0, 1.3, 0.6, 1e-38]), st.sampled_from([0.0, 2.0]), st.sampled_from([0.0, 0.7, -1.1])
+    ),
+    st.lists(TOKENS, max_size=40),
+    st.lists(TOKENS, max_size=40),
+)
 DRAWS = st.builds(
     Draw,
     temperature=st.sampled_from([0.0, 1e-6, 1e-4, 0.3, 1.0, 2.5, 100.0]),
@@ -24,6 +63,7 @@ DRAWS = st.builds(
     top_k=st.sampled_from([-1, 0, 0, 1, 5, 49, 40_000]),
     seed=st.integers(-(2**63), 2**63 - 1),
     position=st.integers(0, 2**31),
+    rules=st.none() | RULES,
 )
 
 
@@ -50,6 +90,45 @@ def test_draws_what_torch_draws(
     assert best == expected_best
     alone = [cpu.sample_tokens(compiled(isa), logits[row : row + 1], [draw]) for row, draw in enumerate(draws)]
     assert alone == [([token], [most]) for token, most in zip(tokens, best, strict=True)]
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name.lower())
+@settings(max_examples=60, deadline=None)
+@given(
+    rules=RULES,
+    size=st.sampled_from([1, 17, 300]),
+    part=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_rules_make_of_a_row_what_torch_makes_of_it(isa: Isa, rules: Rules, size: int, part: float, seed: int) -> None:
+    """A token at a time: what all others are forbidden beside is drawn exactly if the rules leave it."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, size, generator=generator) * 5
+    masked = rules._replace(allowed=(torch.rand(size, generator=generator) < part).numpy())
+    before = logits.clone()
+    for each in (rules, masked):
+        changed = logits[0].clone()
+        apply_rules(changed, each)
+        (token,), (best,) = cpu.sample_tokens(compiled(isa), logits, [Draw(0.0, 1.0, 0.0, 0, 1, 2, each)])
+        assert (token, best) == (int(changed.argmax()), float(logits.max()))
+        # The largest is taken away, one after the other: the order of all the logits is torch's.
+        taken: list[int] = []
+        while len(taken) < min(size, 12) and changed.amax() > -math.inf:
+            taken.append(int(changed.argmax()))
+            changed[taken[-1]] = -math.inf
+        left = each
+        for expected in taken:
+            (token,), _ = cpu.sample_tokens(compiled(isa), logits, [Draw(0.0, 1.0, 0.0, 0, 1, 2, left)])
+            assert token == expected
+            left = left._replace(allowed=without(left.allowed, token, size))
+    assert torch.equal(logits, before)
+
+
+def without(allowed: np.ndarray | None, token: int, size: int) -> np.ndarray:
+    rest = np.ones(size, dtype=np.bool_) if allowed is None else allowed.copy()
+    rest[token] = False
+    return rest
 
 
 @needs_library

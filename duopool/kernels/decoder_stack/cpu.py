@@ -14,7 +14,7 @@ from duopool.kernels.cpu_library import CpuLibrary, num_threads
 from duopool.kernels.decoder_stack.weights import LayerWeights, Projection, StackWeights
 from duopool.kernels.linear import cpu as linear_cpu
 from duopool.kernels.ragged_batch import RaggedBatch
-from duopool.kernels.sample_tokens.cpu import packed
+from duopool.kernels.sample_tokens.cpu import packed_draws, packed_rules
 from duopool.kernels.sample_tokens.draw import Draw, Drawn
 
 _POINTER, _NUMBER, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -85,6 +85,7 @@ class _Call(ctypes.Structure):
         ("logits_rows", _POINTER),
         ("logits", _POINTER),
         ("draws", ctypes.c_char_p),
+        ("rules", ctypes.c_char_p),
         ("tokens", _POINTER),
         ("best", _POINTER),
         ("num_tokens", _NUMBER),
@@ -224,7 +225,8 @@ def decoder_stack(
         batch.kv_lengths.buffer_info()[0],
         logits_rows.buffer_info()[0],
         logits.data_ptr(),
-        packed(draws) if draws else None,
+        packed_draws(draws) if draws else None,
+        packed_rules(draws, stack.vocab_size),
         token_ids.buffer_info()[0],
         best.buffer_info()[0],
         len(batch.token_ids),

@@ -47,6 +47,7 @@ struct StackCall {
     const int64_t* logits_rows;   // [R], tokens
     float* logits;                // [R, V]
     const Draw* draws;            // [R], or null: no token is drawn
+    const Rules* rules;           // [R], or null: no row has any
     int64_t* tokens;              // [R]
     float* best;                  // [R]: the largest logit, or NaN
     int64_t num_tokens, num_requests, num_rows;

@@ -262,5 +262,6 @@ DUOPOOL_TARGET void run_stack(const StackModel& model, const StackCall& call, co
     if (!call.draws) return;
     for (int64_t row; member.next(call.num_rows, row);)
         call.tokens[row] = draw_token(call.logits + row * model.vocab_size, model.vocab_size, call.draws[row],
-                                      draw_memory(model.vocab_size), call.best[row]);
+                                      call.rules ? call.rules + row : nullptr, draw_memory(model.vocab_size),
+                                      call.best[row]);
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from duopool.kernels.sample_tokens.rules import Rules
+
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: dividing by them would overflow."""
 
 
 class Draw(NamedTuple):
-    """What a token is a function of, besides the logits; see `ops.sample_tokens`. Field for field as draw.h has it."""
+    """What a token is a function of, besides the logits; see `ops.sample_tokens`. Numbers stand as draw.h has them."""
 
     temperature: float
     top_p: float
@@ -20,6 +22,8 @@ class Draw(NamedTuple):
     """64 bits, signed."""
     position: int
     """Of the token in its output: with the seed it keys the noise."""
+    rules: Rules | None = None
+    """What changes the logits before."""
 
 
 class Drawn(NamedTuple):

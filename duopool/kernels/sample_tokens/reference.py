@@ -10,6 +10,7 @@ from torch import Tensor
 
 from duopool.kernels.sample_tokens.draw import GREEDY_BELOW, Draw, Drawn
 from duopool.kernels.sample_tokens.noise import gumbel_noise, noise_keys
+from duopool.kernels.sample_tokens.rules_reference import apply_rules
 from duopool.kernels.top_candidates.reference import top_candidates
 
 MOST_LISTED = 4096
@@ -21,7 +22,14 @@ NOISE_AT_ONCE = 1 << 18
 def sample_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Drawn:
     """See `duopool.kernels.ops.sample_tokens`."""
     best, likeliest = logits_RV.max(dim=-1)
-    tokens, values = likeliest.tolist(), best.tolist()
+    values = best.tolist()
+    rules = {row: draw.rules for row, draw in enumerate(draws) if draw.rules and math.isfinite(values[row])}
+    if rules:
+        logits_RV = logits_RV.clone()
+        for row, each in rules.items():
+            apply_rules(logits_RV[row], each)
+        best, likeliest = logits_RV.max(dim=-1)
+    tokens = likeliest.tolist()
     random = [row for row, draw in enumerate(draws) if draw.temperature >= GREEDY_BELOW and not math.isnan(values[row])]
     if random:
         drawn = _draw(logits_RV[random], best[random], [draws[row] for row in random])

@@ -1,8 +1,9 @@
 // One row's token for one instruction set. Looks at few tokens of the row: those that top-k, top-p and min-p keep, or, where
 // they keep nearly everything, those whose noise could still carry them past a mark that some tokens set.
 
-#include "best_tokens/row_best.h"
+#include "row_best.h"
 #include "contenders/row_contenders.h"
+#include "sample_tokens/row_rules.h"
 #include "top_candidates/row_candidates.h"
 
 constexpr double GREEDY_BELOW = 1e-5;
@@ -70,9 +71,9 @@ DUOPOOL_TARGET static int64_t loudest_of_all(const float* scaled, int64_t size, 
     return count ? loudest(scores, named, count, noise) : likeliest;
 }
 
-// The row's token; its largest logit, or NaN, into `best`.
-DUOPOOL_TARGET static int64_t draw_token(const float* logits, int64_t size, const Draw& how, const DrawMemory& memory,
-                                         float& best) {
+// The row's token by its logits alone; the largest of them, or NaN, into `best`.
+DUOPOOL_TARGET static int64_t draw_plainly(const float* logits, int64_t size, const Draw& how, const DrawMemory& memory,
+                                           float& best) {
     const int64_t likeliest = row_best(logits, size, best);
     if (how.temperature < GREEDY_BELOW || best != best) return likeliest;
     const RowMemory row = {memory.values, memory.indices, memory.weights, memory.some};
@@ -89,4 +90,16 @@ DUOPOOL_TARGET static int64_t draw_token(const float* logits, int64_t size, cons
         for (int64_t i = 0; i < size; ++i) scaled[i] = scaled[i] < bound ? -INFINITY : scaled[i];
     }
     return loudest_of_all(scaled, size, likeliest, noise, memory.named, row.values);
+}
+
+// The row's token; the largest logit that the model gave, or NaN, into `best`. Rules see a copy of the row.
+DUOPOOL_TARGET static int64_t draw_token(const float* logits, int64_t size, const Draw& how, const Rules* rules,
+                                         const DrawMemory& memory, float& best) {
+    if (!rules || !rules->change_anything()) return draw_plainly(logits, size, how, memory, best);
+    const int64_t likeliest = row_best(logits, size, best);
+    if (!std::isfinite(best)) return likeliest;
+    std::copy(logits, logits + size, memory.ruled);
+    apply_rules(memory.ruled, size, *rules, memory.counts);
+    float ruled_best;
+    return draw_plainly(memory.ruled, size, how, memory, ruled_best);
 }

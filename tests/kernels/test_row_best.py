@@ -1,4 +1,4 @@
-"""The best token of a row: torch's maximum, the first of equals, NaN where there is one."""
+"""The token of a greedy row: torch's maximum, the first of equals, NaN where there is one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import torch
 from compiled import ISAS, compiled, needs_library
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from duopool.kernels.best_tokens import cpu
 from duopool.kernels.cpu_library import Isa
+from duopool.kernels.sample_tokens import cpu
+from duopool.kernels.sample_tokens.draw import Draw, Drawn
 
+GREEDY = Draw(0.0, 1.0, 0.0, 0, 0, 0)
 values = st.sampled_from([-math.inf, -3.0, -0.0, 0.0, 0.5, 0.75, 7.0, math.inf])
+
+
+def best_tokens(isa: Isa, logits: Tensor) -> Drawn:
+    return cpu.sample_tokens(compiled(isa), logits, [GREEDY] * len(logits))
 
 
 @needs_library
@@ -23,8 +30,8 @@ values = st.sampled_from([-math.inf, -3.0, -0.0, 0.0, 0.5, 0.75, 7.0, math.inf])
 def test_is_the_first_of_the_largest(isa: Isa, data: st.DataObject) -> None:
     size = data.draw(st.sampled_from([1, 3, 16, 17, 70]))
     rows = data.draw(st.lists(st.lists(values, min_size=size, max_size=size), min_size=1, max_size=4))
-    best, indices = cpu.best_tokens(compiled(isa), torch.tensor(rows))
-    for row, found, index in zip(rows, best.tolist(), indices.tolist(), strict=True):
+    indices, best = best_tokens(isa, torch.tensor(rows))
+    for row, found, index in zip(rows, best, indices, strict=True):
         assert found == max(row)
         assert index == row.index(max(row))
 
@@ -35,14 +42,14 @@ def test_is_the_first_of_the_largest(isa: Isa, data: st.DataObject) -> None:
 def test_a_row_with_a_nan_says_so_and_its_neighbours_do_not(isa: Isa, place: int) -> None:
     logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(place))
     logits[1, place] = math.nan
-    best, indices = cpu.best_tokens(compiled(isa), logits)
-    assert best.isnan().tolist() == [False, True, False]
-    assert indices[[0, 2]].tolist() == logits[[0, 2]].argmax(dim=1).tolist()
+    indices, best = best_tokens(isa, logits)
+    assert [math.isnan(each) for each in best] == [False, True, False]
+    assert [indices[0], indices[2]] == logits[[0, 2]].argmax(dim=1).tolist()
 
 
 @needs_library
 def test_rows_may_lie_apart() -> None:
     apart = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))[:, 100:203]
-    best, indices = cpu.best_tokens(compiled(ISAS[-1]), apart)
-    assert torch.equal(best, apart.amax(dim=1))
-    assert torch.equal(indices, apart.argmax(dim=1))
+    indices, best = best_tokens(ISAS[-1], apart)
+    assert best == apart.amax(dim=1).tolist()
+    assert indices == apart.argmax(dim=1).tolist()
