@@ -6,7 +6,6 @@ fields are trusted.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from duopool.core.errors import InvalidRequest
@@ -21,6 +20,8 @@ MAX_LOGIT_BIAS = 1_024
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100.0
 MAX_GRAMMAR_CHARS = 1 << 16
+_LARGEST = 2**63 - 1
+"""Of the integers that workers and their kernels take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,17 +61,16 @@ class SamplingParams:
         _within("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequest("top_p", f"must be above 0 and at most 1, got {self.top_p}")
-        if self.top_k < -1:
-            raise InvalidRequest("top_k", f"must be at least -1, got {self.top_k}")
+        _within("top_k", self.top_k, -1, _LARGEST)
         _within("min_p", self.min_p, 0.0, 1.0)
-        if not (math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 10.0):
+        if not 0.0 < self.repetition_penalty <= 10.0:
             raise InvalidRequest("repetition_penalty", f"must be above 0 and at most 10, got {self.repetition_penalty}")
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS, "entries")
         for token_id, bias in self.logit_bias:
             _within(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
-        _within("seed", self.seed, -(2**63), 2**63 - 1)
+        _within("seed", self.seed, -_LARGEST - 1, _LARGEST)
         _at_most("stop", len(self.stop), MAX_STOP_STRINGS, "strings")
         for position, text in enumerate(self.stop):
             if not text:
@@ -85,7 +85,7 @@ class SamplingParams:
 
 
 def _within(field: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # what is no number is not
         raise InvalidRequest(field, f"must be between {low} and {high}, got {value}")
 
 

@@ -47,6 +47,10 @@ from .tiny import MAX_MODEL_LEN, VOCAB_SIZE
 
 CASE_TIMEOUT_S = 20.0
 PUBLIC = ("Generate", "Tokenize", "Detokenize", "ListModels")
+NUMBERS = (
+    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "n", "seed", "priority", "logprobs", "top_logprobs"),
+)
 ADMIN = ("ClusterState", "Scale", "Drain", "Audit")
 
 
@@ -345,6 +349,9 @@ class Cases:
                 ("/detokenize", {"tokens": [1, 2]}),
             )
         )
+        if path.endswith("completions"):
+            fields = random.sample(NUMBERS, random.randrange(3))
+            body |= {field: random.choice((*EDGES, *FLOATS, 10**30, -(10**400))) for field in fields}
         data = json.dumps(mutated_value(random, body), default=repr).encode()
         if random.random() < 0.4:
             data = mutated_bytes(random, data)

@@ -162,6 +162,11 @@ WRONG = [
     ("/v1/completions", {"prompt": "a", "stream": 1}, "stream"),
     ("/v1/completions", {"prompt": "a", "n": 17}, "n"),
     ("/v1/completions", {"prompt": "a", "seed": 2**70}, "seed"),
+    *(
+        ("/v1/completions", {"prompt": "a", field: value}, field)
+        for field in ("n", "max_tokens", "min_tokens", "top_k", "seed", "priority", "logprobs", "temperature")
+        for value in (2**64, 10**30, 10**400, -(10**400))
+    ),
     ("/v1/completions", {"prompt": "a", "stop": ["a", 1]}, "stop"),
     ("/v1/completions", {"prompt": "a", "stop": [""]}, "stop[0]"),
     ("/v1/completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
