@@ -47,6 +47,32 @@ from .tiny import MAX_MODEL_LEN, VOCAB_SIZE
 
 CASE_TIMEOUT_S = 20.0
 PUBLIC = ("Generate", "Tokenize", "Detokenize", "ListModels")
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 2, "stop": "x", "logit_bias": {"5": 1}}),
+    ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 0, "echo": True, "logprobs": 2, "n": 2}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 3, "structured_outputs": {"choice": ["yes", "no"]}}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 3, "response_format": {"type": "regex", "regex": "[a-z]{2}"}}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 2, "structured_outputs": {"grammar": 'start: "a" | "b" start'}}),
+    ("/v1/chat/completions", CHAT),
+    ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2}),
+    ("/v1/chat/completions", {**CHAT, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}),
+    (
+        "/v1/chat/completions",
+        {
+            **CHAT,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "schema": {"type": "object", "properties": {"a": {"enum": [1, "b"]}}, "required": ["a"]}
+                },
+            },
+        },
+    ),
+    ("/tokenize", {"prompt": "hi"}),
+    ("/detokenize", {"tokens": [1, 2]}),
+)
 NUMBERS = (
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "n", "seed", "priority", "logprobs", "top_logprobs"),
@@ -86,7 +112,7 @@ class Cases:
             self._session: 40,
             self._block_read: 18,
             self._internal_call: 6,
-            self._http: 4,
+            self._http: 8,
             self._tcp: 2,
         }
         (case,) = self._random.choices(list(kinds), list(kinds.values()))
@@ -341,14 +367,7 @@ class Cases:
 
     def _http(self) -> Outcome:
         random = self._random
-        path, body = random.choice(
-            (
-                ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 2, "stop": "x", "logit_bias": {"5": 1}}),
-                ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
-                ("/tokenize", {"prompt": "hi"}),
-                ("/detokenize", {"tokens": [1, 2]}),
-            )
-        )
+        path, body = random.choice(BODIES)
         if path.endswith("completions"):
             fields = random.sample(NUMBERS, random.randrange(3))
             body |= {field: random.choice((*EDGES, *FLOATS, 10**30, -(10**400))) for field in fields}
@@ -368,7 +387,8 @@ class Cases:
             connection.close()
         if answer.status == 500:
             return Outcome(f"http {path}", "INTERNAL", text[:200].decode(errors="replace"))
-        usage = json.loads(text).get("usage", {}) if answer.status == 200 else {}
+        is_json = answer.status == 200 and answer.headers.get_content_type() == "application/json"
+        usage = json.loads(text).get("usage", {}) if is_json else {}
         return Outcome(f"http {path}", str(answer.status), num_tokens=usage.get("completion_tokens", 0))
 
     def _tcp(self) -> Outcome:

@@ -205,6 +205,15 @@ def test_calls_are_found_however_the_text_is_cut(cuts: list[int]) -> None:
     assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"x": "é<"}, {}]
 
 
+@pytest.mark.parametrize("end", ["</tool_call>", ""])
+def test_lists_in_lists_without_end_stay_content(end: str) -> None:
+    text = "<tool_call>" + "[" * 100_000 + end
+    parser = ToolCallParser("call")
+    content, calls = parser.push(text)
+    rest, more = parser.finish()
+    assert (content + rest, [*calls, *more]) == (text, [])
+
+
 @given(st.text(alphabet="<>tool_cal/{} ", max_size=40))
 def test_what_is_no_call_stays_content(text: str) -> None:
     parser = ToolCallParser("call")

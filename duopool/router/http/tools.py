@@ -146,7 +146,7 @@ class ToolCallParser:
     def _calls(self, body: str) -> list[ToolCallPart] | None:
         try:
             read = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         calls = read if isinstance(read, list) else [read]
         if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
