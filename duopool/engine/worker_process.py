@@ -6,6 +6,7 @@ imported when the process starts, not with this module.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -205,6 +206,9 @@ class WorkerProcess:
             load = assembly.worker.load
             served = Served(info=info, model=model, folder=source.folder, config=config, access=access, load=load)
             self._server.run_beside(engine.run(service, served))
+        # What is here lives as long as the process: full collections need not look at it while streams wait.
+        gc.collect()
+        gc.freeze()
         steps.start()
         return info
 

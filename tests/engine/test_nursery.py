@@ -25,7 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def process_of(folder: Path, tmp_path: Path, *, device: DeviceName = "cpu") -> NursedProcess:
+def process_of(
+    folder: Path, tmp_path: Path, *, device: DeviceName = "cpu", module: str = "duopool.decode_worker.process"
+) -> NursedProcess:
     credential = tmp_path / "credential"
     credential.write_text("a credential of a test, long enough to pass\n")
     credential.chmod(0o600)
@@ -39,7 +41,7 @@ def process_of(folder: Path, tmp_path: Path, *, device: DeviceName = "cpu") -> N
         device=device,
         num_threads=2,
     )
-    return NursedProcess(config, "duopool.decode_worker.process")
+    return NursedProcess(config, module)
 
 
 @pytest.fixture
@@ -70,6 +72,18 @@ def test_a_dead_worker_is_followed_by_another_incarnation(nursed: NursedProcess)
     assert (second.model_digest, second.layout_digest) == (first.model_digest, first.layout_digest)
     assert nursed.info() == second
     nursed.check()
+
+
+def test_collections_look_at_what_a_worker_makes_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at what came with the nursery, which is shared with it page by page and lives as long."""
+    here = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH")))))
+    process = process_of(folder, tmp_path, module="collecting_worker")
+    process.start()
+    process.check()
+    process.stop()
 
 
 def test_a_stopped_worker_does_not_outlive_its_host(folder: Path, tmp_path: Path) -> None:
