@@ -12,7 +12,7 @@ from hypothesis import settings
 # Routers and workers inside test processes need a credential; whole systems make their own file, see e2e/conftest.py.
 os.environ.setdefault("DUOPOOL_CREDENTIAL", "a credential for tests")
 
-# gRPC reads it once per process; `duopool/cluster/launch.py` says why, tests/e2e/test_forks.py holds it.
+# gRPC reads it at its import; `duopool/cluster/launch.py` says why, tests/e2e/test_forks.py holds it.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 settings.register_profile("everyday", derandomize=True, deadline=None)

@@ -39,7 +39,8 @@ _LOCAL_ENVIRONMENT = {
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray forks its processes. What gRPC would do in a child crashes there while other threads call, and a signal
-    # handler's alarm then ends the started process three seconds later.
+    # handler's alarm then ends the started process three seconds later. Here it reaches the gRPC in Ray; grpcio reads
+    # it at its import, so a program that has calls under way when it starts a system must set it before that.
     "GRPC_ENABLE_FORK_SUPPORT": "0",
 }
 

@@ -85,7 +85,7 @@ class SamplingParams:
 
 
 def _within(field: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # what is no number is not
+    if not low <= value <= high:  # NaN is not
         raise InvalidRequest(field, f"must be between {low} and {high}, got {value}")
 
 

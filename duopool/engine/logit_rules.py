@@ -12,9 +12,6 @@ from duopool.core.step import SampleSpec
 from duopool.engine.grammar import GrammarMasks
 from duopool.kernels.sample_tokens.rules import Rules
 
-_NO_TOKENS = array("q")
-_NO_BIAS = array("f")
-
 
 def rules_of(spec: SampleSpec, masks: GrammarMasks | None) -> Rules | None:
     """What is to change in the row before the draw; `masks` is needed if it has a grammar."""
@@ -28,17 +25,14 @@ def rules_of(spec: SampleSpec, masks: GrammarMasks | None) -> Rules | None:
     if params.grammar:
         assert masks is not None
         allowed = masks.allowed(params.grammar, output)
-    seen = array("q", spec.prompt_token_ids) if repeats else _NO_TOKENS
-    if repeats:
-        seen.extend(output)
     return Rules(
-        forbidden=array("q", spec.eos_token_ids | frozenset(params.stop_token_ids)) if is_short else _NO_TOKENS,
-        bias_tokens=array("q", [token for token, _ in params.logit_bias]) if params.logit_bias else _NO_TOKENS,
-        bias=array("f", [value for _, value in params.logit_bias]) if params.logit_bias else _NO_BIAS,
+        forbidden=array("q", [*spec.eos_token_ids, *params.stop_token_ids] if is_short else []),
+        bias_tokens=array("q", [token for token, _ in params.logit_bias]),
+        bias=array("f", [value for _, value in params.logit_bias]),
         repetition_penalty=params.repetition_penalty,
-        seen=seen,
+        seen=array("q", [*spec.prompt_token_ids, *output] if repeats else []),
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
-        output=array("q", output) if counts else _NO_TOKENS,
+        output=array("q", output if counts else []),
         allowed=allowed,
     )

@@ -74,6 +74,19 @@ def test_refuses_what_is_not_in_the_logits(rows: list[int], tokens: list[int], n
         ops.token_logprobs(torch.zeros(2, 10), rows, tokens, num_top)
 
 
+@pytest.mark.parametrize("implementation", [ops, reference])
+def test_a_row_with_nans_raises_nothing_and_its_neighbours_keep_theirs(implementation: object) -> None:
+    logits = make_logits(3, 300, step=0.5, ruled_out=0.0, seed=2)
+    rows, tokens = [0, 1, 2], [7, 7, 7]
+    before = implementation.token_logprobs(logits, rows, tokens, 4)  # type: ignore[attr-defined]
+    logits[1, 40:42] = math.nan
+    after = implementation.token_logprobs(logits, rows, tokens, 4)  # type: ignore[attr-defined]
+    assert [len(part) for part in after] == [3, 3, 12, 12]
+    for row in (0, 2):
+        assert (after.logprobs[row], after.ranks[row]) == (before.logprobs[row], before.ranks[row])
+        assert after.top_tokens[4 * row : 4 * row + 4] == before.top_tokens[4 * row : 4 * row + 4]
+
+
 def test_nothing_is_found_about_no_rows() -> None:
     assert not any(ops.token_logprobs(torch.zeros(2, 10), [], [], 3))
 

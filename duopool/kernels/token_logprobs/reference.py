@@ -21,10 +21,21 @@ def token_logprobs(logits_RV: Tensor, rows: Sequence[int], token_ids: Sequence[i
         logits = logits_RV[torch.tensor(rows[here], device=logits_RV.device)]
         chosen = logits.gather(1, torch.tensor(token_ids[here], device=logits.device).unsqueeze(1))
         total = logits.logsumexp(dim=1, keepdim=True)
-        # Of equals the first comes first.
-        best, order = logits.sort(dim=1, descending=True, stable=True) if num_top else (logits, chosen.long())
         found.logprobs.extend((chosen - total).squeeze(1).tolist())
         found.ranks.extend((logits > chosen).sum(dim=1).add_(1).tolist())
-        found.top_tokens.extend(order[:, :num_top].flatten().tolist())
-        found.top_logprobs.extend((best[:, :num_top] - total).flatten().tolist())
+        if num_top:
+            top = _likeliest(logits, num_top)
+            found.top_tokens.extend(top.flatten().tolist())
+            found.top_logprobs.extend((logits.gather(1, top) - total).flatten().tolist())
     return found
+
+
+def _likeliest(logits_RV: Tensor, num_top: int) -> Tensor:
+    """int64 [R, num_top]: the largest of each row, of equals the first. Which of them `topk` takes is open."""
+    last = logits_RV.topk(num_top, dim=1).values[:, -1:]
+    rows, tokens = (~(logits_RV < last)).nonzero(as_tuple=True)  # with a NaN in the row `last` may be one
+    by_value = logits_RV[rows, tokens].sort(descending=True, stable=True).indices
+    order = by_value[rows[by_value].sort(stable=True).indices]
+    counts = torch.bincount(rows, minlength=len(logits_RV))
+    starts = (counts.cumsum(0) - counts).unsqueeze(1)
+    return tokens[order[starts + torch.arange(num_top, device=logits_RV.device)]]
